@@ -18,9 +18,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from rapo_verl.config import RapoConfig
 from rapo_verl.forward_kl import LOG_RHO_CLAMP, ForwardKL, forward_kl_estimate
-
-# Field that the reference worker adds to the batch: phi of each response, shape (batch,), fp32.
-PHI_FIELD = "rapo_phi"
+from rapo_verl.reweighting import response_phi
 
 
 def rapo_policy_loss(
@@ -31,8 +29,8 @@ def rapo_policy_loss(
     Args:
         config: veRL's actor config, ``use_kl_loss`` off (the leash is ours).
         model_output: ``log_probs`` and optionally ``entropy``, jagged (batch, prompt + response), nats.
-        data: micro-batch with ``old_log_probs``, ``ref_log_prob``, ``advantages``, ``response_mask``, jagged
-            (batch, response), and ``rapo_phi``, (batch,).
+        data: micro-batch with ``old_log_probs``, ``ref_log_prob``, ``advantages``, ``response_mask``, ``rm_scores``,
+            jagged (batch, response).
         dp_group: unused, part of the signature.
         rapo: the settings of RAPO; alpha > 0.
 
@@ -58,12 +56,12 @@ def rapo_policy_loss(
     forward_kl = agg_loss(
         loss_mat=estimate.loss, loss_mask=mask, loss_agg_mode=config.loss_agg_mode, **config.global_batch_info
     )
-    metrics.update(_metrics(config, estimate, mask, data, forward_kl))
+    metrics.update(_metrics(config, estimate, mask, response_phi(data["rm_scores"], rapo.reference), forward_kl))
     return loss + rapo.forward_kl.coef * forward_kl, metrics
 
 
 def _metrics(
-    config: ActorConfig, estimate: ForwardKL, mask: torch.Tensor, data: TensorDict, forward_kl: torch.Tensor
+    config: ActorConfig, estimate: ForwardKL, mask: torch.Tensor, phi: torch.Tensor, forward_kl: torch.Tensor
 ) -> dict[str, Metric]:
     """Return the ``rapo/*`` metrics of one micro-batch, each a share of its mini-batch's mean, minimum or maximum."""
 
@@ -71,7 +69,6 @@ def _metrics(
         info = {k: v for k, v in config.global_batch_info.items() if k != "loss_scale_factor"}
         return Metric(AggregationType.SUM, agg_loss(values.float(), mask, "token-mean", **info))
 
-    phi = data[PHI_FIELD].float()
     real = mask.any(dim=1)  # rows that veRL adds to fill a batch have an empty mask
     rho = estimate.log_rho.clamp(max=LOG_RHO_CLAMP).exp()
     # Every key in every micro-batch: veRL gathers them over data-parallel ranks by position.

@@ -16,8 +16,8 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from rapo_verl.config import rapo_config_from
-from rapo_verl.policy_loss import PHI_FIELD, rapo_policy_loss
-from rapo_verl.reweighting import reference_temperature, reward_to_phi, reweight_log_prob
+from rapo_verl.policy_loss import rapo_policy_loss
+from rapo_verl.reweighting import reference_temperature, response_phi, reweight_log_prob
 
 
 class RapoWorker(ActorRolloutRefWorker):
@@ -48,13 +48,12 @@ class RapoWorker(ActorRolloutRefWorker):
             data: batch with ``rm_scores``, jagged (batch, response): the reward of a response is its sum.
 
         Returns:
-            veRL's output with phi of each response added (``rapo_phi``), or None on ranks without outputs.
+            veRL's output, or None on ranks without outputs.
         """
         if not self.rapo.enabled:
             return super().compute_ref_log_prob(data)
         reference = self.rapo.reference
-        reward = torch.stack([row.sum() for row in data["rm_scores"].unbind()]).float()
-        phi = reward_to_phi(reward, reference)
+        phi = response_phi(data["rm_scores"], reference)
         temperature = tu.get_non_tensor_data(data, "temperature", default=None)
         if self.rapo.reweights and reference.reading == "token":
             del data["temperature"]
@@ -66,5 +65,4 @@ class RapoWorker(ActorRolloutRefWorker):
         if reference.reading == "unnormalized":
             rows = [reweight_log_prob(x[None], p[None], reading=reference.reading)[0] for x, p in zip(log_probs, phi)]
             output["log_probs"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-        output[PHI_FIELD] = phi
         return output

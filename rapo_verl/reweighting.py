@@ -48,6 +48,22 @@ def reward_to_phi(reward: torch.Tensor, config: ReferenceConfig) -> torch.Tensor
     return torch.where(u == 1, torch.ones_like(u), config.phi_min + (1 - config.phi_min) * u)
 
 
+def response_phi(rm_scores: torch.Tensor, config: ReferenceConfig) -> torch.Tensor:
+    """Return phi of each response from veRL's per-token rewards: phi(sum over the response).
+
+    Args:
+        rm_scores: jagged (batch, response), veRL's field of that name; a verifier's reward sits on the last token.
+        config: the shape of phi and its bounds.
+
+    Returns:
+        phi, shape (batch,), fp32, no unit.
+
+    Raises:
+        ValueError: a reward that is not finite.
+    """
+    return reward_to_phi(torch.stack([row.sum() for row in rm_scores.unbind()]), config)
+
+
 def reference_temperature(phi: torch.Tensor, *, temperature: float, reading: str) -> torch.Tensor:
     """Return the temperature of the reference pass for each sample.
 

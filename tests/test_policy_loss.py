@@ -19,7 +19,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 from rapo_verl.compose import compose_config
 from rapo_verl.config import ForwardKLConfig, RapoConfig
 from rapo_verl.forward_kl import forward_kl_estimate
-from rapo_verl.policy_loss import PHI_FIELD, rapo_policy_loss
+from rapo_verl.policy_loss import rapo_policy_loss
 
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 PROMPTS, RESPONSES = (3, 1, 2, 4, 2), (5, 2, 7, 1, 4)
@@ -62,7 +62,9 @@ class Batch:
         self.mask[2][3] = 0  # as after a tool call: a hole inside the response
         for row in masked_rows:
             self.mask[row][:] = 0
-        self.phi = torch.tensor([0.8, 0.85, 1.0, 0.9, 0.95])
+        reward = (0.1, 0.0, 1.0, 0.5, 0.75)
+        self.rm_scores = [torch.cat([torch.zeros(n - 1), torch.tensor([r])]) for n, r in zip(RESPONSES, reward)]
+        self.phi = torch.tensor([0.82, 0.8, 1.0, 0.9, 0.95])  # linear, phi_min = 0.8: the defaults
 
     def tokens(self) -> int:
         return int(sum(mask.sum() for mask in self.mask))
@@ -85,7 +87,7 @@ class Batch:
                 "old_log_probs": jagged(self.old),
                 "ref_log_prob": jagged(self.ref),
                 "advantages": jagged(self.advantages),
-                PHI_FIELD: self.phi[rows],
+                "rm_scores": jagged(self.rm_scores),
             },
             batch_size=[len(rows)],
         )
@@ -294,7 +296,7 @@ def test_every_metric_is_in_every_micro_batch_in_one_order():
 
 def test_aggregated_metrics_have_their_values():
     batch, rapo = Batch(masked_rows=(1,)), rapo_config(rho_max=2.0)
-    batch.phi[1] = 0.1  # an empty response: must not be seen
+    # The empty response has the lowest phi, 0.8, and must not be seen.
     batch.ref[1][:] = 50.0
     _, metrics = rapo_policy_loss(actor_config(), *batch.micro(ALL), rapo=rapo)
     got = {key: metrics[key].aggregate() for key in KEYS}
@@ -310,7 +312,7 @@ def test_aggregated_metrics_have_their_values():
         "rapo/rho_max": rho.max(),
         "rapo/reference_mass_sampled": (ref - old).exp().mean(),
         "rapo/phi_mean": phi.mean(),
-        "rapo/phi_min": 0.8,
+        "rapo/phi_min": 0.82,
         "rapo/phi_max": 1.0,
     }
     assert 0 < want["rapo/forward_kl_clipped_fraction"] < 1
@@ -330,7 +332,7 @@ def test_verl_metrics_are_unchanged():
 def test_data_of_the_micro_batch_is_not_changed():
     batch = Batch()
     output, data = batch.micro(ALL)
-    before = {key: data[key].clone() for key in ("response_mask", "old_log_probs", "ref_log_prob", PHI_FIELD)}
+    before = {key: data[key].clone() for key in ("response_mask", "old_log_probs", "ref_log_prob", "rm_scores")}
     keys = set(data.keys())
     rapo_policy_loss(actor_config(), output, data, rapo=rapo_config())
     assert set(data.keys()) == keys

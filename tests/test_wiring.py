@@ -24,7 +24,7 @@ from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
-from verl.utils import distributed, transferqueue_utils
+from verl.utils import distributed
 from verl.utils import tensordict_utils as tu
 from verl.utils.import_utils import load_extern_type
 from verl.utils.py_functional import rename_dict
@@ -322,11 +322,6 @@ def source(thing) -> str:
                 'select_fields=["log_probs", "response_mask"]',
                 'data["ref_log_prob"] = response_from_nested(data.pop("log_probs"), data["response_mask"])',
             ],
-        ),
-        # Fields that our reference pass adds (rapo_phi) reach the actor's update by this.
-        (
-            transferqueue_utils._async_update_meta_with_output,
-            ["if isinstance(v, torch.Tensor | NonTensorStack): fields.append(k)", "data=output.select(*fields)"],
         ),
         (
             ActorRolloutRefWorker.init_model,
