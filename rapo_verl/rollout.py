@@ -14,6 +14,7 @@ import transfer_queue as tq
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
+from rapo_verl.files import write_atomic
 from rapo_verl.reward import RESPONSE_LIMIT, RESPONSE_TOKENS, TRUNCATED, verdict_metrics
 from rapo_verl.seeds import sampling_seed
 
@@ -66,16 +67,15 @@ class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         path = failure_path()
         if path is None or path.exists():
             return
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(
+        write_atomic(
+            path,
             f"{traceback.format_exc()}\n"
             f"data_source: {kwargs.get('data_source')}\n"
             f"reward_model: {kwargs.get('reward_model')}\n"
             f"extra_info: {kwargs.get('extra_info')}\n"
             f"prompt: {self.tokenizer.decode(output.prompt_ids)!r}\n"
-            f"response: {self.tokenizer.decode(output.response_ids)!r}\n"
+            f"response: {self.tokenizer.decode(output.response_ids)!r}\n",
         )
-        os.replace(temporary, path)
 
 
 class SeededAgentLoopManager(AgentLoopManagerTQ):

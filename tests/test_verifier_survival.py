@@ -82,11 +82,17 @@ def test_a_killed_worker_and_a_killed_nursery_cost_no_verdict():
     verifier.close()
 
 
-def test_a_timeout_is_tried_again_alone_and_then_final(monkeypatch):
-    verifier = Verifier(VerifierSettings(deadline_s=0.5, workers=1))
+def answers_asked_of(verifier, monkeypatch) -> list[str]:
+    """Return a list that grows by each answer that reaches the worker processes."""
     asked = []
     submit = verifier.pool.submit
     monkeypatch.setattr(verifier.pool, "submit", lambda *task: (asked.append(task[2]), submit(*task))[1])
+    return asked
+
+
+def test_a_timeout_is_tried_again_alone_and_then_final(monkeypatch):
+    verifier = Verifier(VerifierSettings(deadline_s=0.5, workers=1))
+    asked = answers_asked_of(verifier, monkeypatch)
     bad = "9^{9^{9^9}}"
     assert verifier.verify_many([boxed(bad)] * 5, ["204"] * 5)[4][0] == "timeout"
     assert asked == [bad, bad]
@@ -97,9 +103,7 @@ def test_a_timeout_is_tried_again_alone_and_then_final(monkeypatch):
 
 def test_equal_answers_are_compared_once(monkeypatch):
     verifier = Verifier(VerifierSettings(deadline_s=60, cache_size=2))
-    asked = []
-    submit = verifier.pool.submit
-    monkeypatch.setattr(verifier.pool, "submit", lambda *task: (asked.append(task[2]), submit(*task))[1])
+    asked = answers_asked_of(verifier, monkeypatch)
     verifier.verify_many([f"{i} {boxed('203+1')}" for i in range(50)], ["204"] * 50)
     threads = [threading.Thread(target=verifier.verify, args=(boxed("202+2"), "204")) for _ in range(8)]
     [thread.start() for thread in threads]
