@@ -21,14 +21,16 @@ from rapo_verl.launch import read_metrics
 
 PAIRS = ((0, 1), (1, 1), (0, 2))
 KL = "actor_rollout_ref.actor.kl_loss_coef={} actor_rollout_ref.actor.kl_loss_type={}"
-# name: (experiment, overrides)
+# name: (experiment, overrides). Beside veRL's usual low_var_kl, each method with what benchmarks/toy_calibration.py
+# chose from four tries.
 METHODS = {
     "GRPO, low_var_kl 1e-2": ("toy_grpo_cpu", ""),
     "GRPO, low_var_kl 1e-1": ("toy_grpo_cpu", KL.format(0.1, "low_var_kl")),
+    "GRPO, low_var_kl 3e-1": ("toy_grpo_cpu", KL.format(0.3, "low_var_kl")),
     "GRPO, reverse KL (k2) 1e-1": ("toy_grpo_cpu", KL.format(0.1, "k2")),
-    "GRPO, entropy 1e-2 alone": (
+    "GRPO, entropy 3e-3 alone": (
         "toy_grpo_cpu",
-        "actor_rollout_ref.actor.kl_loss_coef=0 actor_rollout_ref.actor.entropy_coeff=0.01",
+        "actor_rollout_ref.actor.kl_loss_coef=0 actor_rollout_ref.actor.entropy_coeff=0.003",
     ),
     "forward KL, phi = 1": ("toy_rapo_cpu", "rapo.reference.phi_min=1"),
     "RAPO": ("toy_rapo_cpu", ""),

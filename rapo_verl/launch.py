@@ -25,11 +25,13 @@ CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 LOG_FILE = "train.log"
 FAILURE_FILE = "reward_failure.txt"
+# Environment variable with the run folder, for every process of a run.
+RUN_DIR_VARIABLE = "RAPO_RUN_DIR"
 # Environment variables of a run that every one of its processes, on every node, must see.
 PROCESS_VARIABLES = (
     "VERL_PLATFORM",
     "VERL_USE_EXTERNAL_MODULES",
-    "RAPO_RUN_DIR",
+    RUN_DIR_VARIABLE,
     "VERL_FILE_LOGGER_PATH",
     "TENSORBOARD_DIR",
     "VLLM_CPU_KVCACHE_SPACE",
@@ -148,7 +150,7 @@ def _child_environment(config: DictConfig, run_dir: Path) -> dict[str, str]:
         "HYDRA_FULL_ERROR": "1",
         # veRL raises if this module fails to import, where it would drop an entry point that fails.
         "VERL_USE_EXTERNAL_MODULES": "rapo_verl.plugin",
-        "RAPO_RUN_DIR": str(run_dir),
+        RUN_DIR_VARIABLE: str(run_dir),
         "VERL_FILE_LOGGER_PATH": str(metrics_path(run_dir)),
         "TENSORBOARD_DIR": str(run_dir / "tensorboard"),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

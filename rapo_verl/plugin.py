@@ -32,12 +32,18 @@ def _prepare_cpu_process() -> None:
 
 
 def register_engines() -> None:
-    """Register our engines; called when `rapo_verl.engines` is imported as ``model.external_lib`` in each worker."""
+    """Register our engines and weight sender.
+
+    Called when `rapo_verl.engines` is imported as ``model.external_lib`` in each worker.
+    """
     from verl.workers.engine import EngineRegistry
+    from verl.workers.rollout import base as rollouts
 
     from rapo_verl.cpu.engine import CpuFSDPEngine
 
     EngineRegistry.register("language_model", "fsdp2", device="cpu")(CpuFSDPEngine)
+    # By name: veRL imports it (and vLLM) only in processes with a rollout.
+    rollouts._ROLLOUT_REGISTRY["vllm", "async"] = "rapo_verl.weight_sync.RunServerAdapter"
 
 
 def register_trainers() -> None:

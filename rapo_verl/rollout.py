@@ -15,12 +15,9 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from rapo_verl.files import write_atomic
+from rapo_verl.launch import FAILURE_FILE, RUN_DIR_VARIABLE
 from rapo_verl.reward import RESPONSE_LIMIT, RESPONSE_TOKENS, TRUNCATED, verdict_metrics
 from rapo_verl.seeds import sampling_seed
-
-# Environment variable with the run folder, set by `rapo train` for every process of a run.
-RUN_DIR_VARIABLE = "RAPO_RUN_DIR"
-FAILURE_FILE = "reward_failure.txt"
 
 
 def failure_path() -> Path | None:

@@ -43,7 +43,7 @@ BROKEN = "rapo_test_broken_plugin"
 PLUGIN_BUDGET = 0.2
 
 FOUND = """
-import importlib.metadata, json, sys
+import importlib.metadata, json, os, sys
 import verl
 seen = {"plugin": "rapo_verl.plugin" in sys.modules}
 from verl.plugin.platform.platform_manager import get_platform
@@ -61,6 +61,20 @@ import_external_libs("rapo_verl.engines")
 import_external_libs("rapo_verl.engines")
 from verl.workers.engine import EngineRegistry
 seen["engine"] = EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__
+from verl.workers.rollout.base import get_rollout_class
+sender = get_rollout_class("vllm", "async")
+from rapo_verl import weight_sync
+seen["sender"] = sender is weight_sync.RunServerAdapter
+from types import SimpleNamespace
+receiver = object.__new__(weight_sync.RunWorkerExtension)
+receiver.local_rank, receiver.model_runner = 0, SimpleNamespace()
+seen["sockets"] = []
+for run_dir in ("/runs/a", "/runs/b", ""):
+    os.environ["RAPO_RUN_DIR"] = run_dir
+    try:
+        seen["sockets"].append(receiver._get_zmq_handle())
+    except RuntimeError as error:
+        seen["no_run"] = str(error)
 from rapo_verl.plugin import register_trainers
 register_trainers()
 register_trainers()
@@ -153,6 +167,13 @@ def test_vllm_version_is_answered_from_the_cpu_build(found):
 
 def test_engine_registry_returns_our_cpu_engine(found):
     assert found["engine"] == "CpuFSDPEngine"
+
+
+def test_runs_on_one_machine_have_sockets_of_their_own(found):
+    assert found["sender"]
+    first, second = found["sockets"]
+    assert first != second and {s[-24:] for s in (first, second)} == {"-0-replica-0-rank-0.sock"}
+    assert "RAPO_RUN_DIR" in found["no_run"]
 
 
 def test_trainer_registry_returns_our_trainer(found):
@@ -475,6 +496,17 @@ def test_verl_vllm_worker_has_the_parameters_we_use(module, cls, name, want):
     assert not arguments.kwonlyargs and not arguments.vararg and not arguments.kwarg
     defaults = [None] * (len(arguments.args) - len(arguments.defaults)) + [ast.unparse(d) for d in arguments.defaults]
     assert {a.arg: d for a, d in zip(arguments.args, defaults)} == want
+
+
+def test_verl_names_its_weight_socket_as_we_expect():
+    # rapo_verl/weight_sync.py adds the run to both ends: here is where veRL names them, and nowhere else.
+    ends = (("vllm_rollout", "self.zmq_handle =", "self.replica_rank}-rank-{local_rank"),
+            ("utils", "return", "replica_rank}-rank-{trainer_rank"))  # fmt: skip
+    for module, statement, rest in ends:
+        found = re.findall(r".*ipc:///tmp/.*", parsed_source(f"{ROLLOUT}.{module}"))
+        assert [line.strip() for line in found] == [
+            f'{statement} f"ipc:///tmp/rl-colocate-zmq-{{job_id}}-replica-{{{rest}}}.sock"'
+        ]
 
 
 def test_our_weight_sync_takes_what_verl_sends():

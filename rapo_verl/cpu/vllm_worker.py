@@ -2,10 +2,11 @@
 
 import torch
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
-from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+from rapo_verl.weight_sync import RunWorkerExtension
 
 
-class CpuWorkerExtension(vLLMColocateWorkerExtension):
+class CpuWorkerExtension(RunWorkerExtension):
     """Loads new weights through vLLM's reload API, since its CPU backend prepacks them."""
 
     def update_weights_from_ipc(
