@@ -142,7 +142,7 @@ def test_raising_reward_stops_the_run_with_its_sample(toy_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["interrupt", "dead_worker"])
+@pytest.mark.parametrize("how", ["interrupt", "WorkerDict", "SeededAgentLoopWorker", "RewardLoopWorker"])
 def test_interrupted_run_leaves_no_process_and_a_second_start_works(toy_dir, tmp_path, how):
     args = (toy_dir, tmp_path / "run", "toy_rapo_cpu", 400, "trainer.save_freq=1")
     process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -151,7 +151,7 @@ def test_interrupted_run_leaves_no_process_and_a_second_start_works(toy_dir, tmp
     if how == "interrupt":
         process.send_signal(signal.SIGINT)
     else:
-        next(child for child in children if "WorkerDict" in " ".join(child.cmdline())).kill()
+        next(child for child in children if how in " ".join(child.cmdline())).kill()
     assert process.wait(120) != 0
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and any(running(child) for child in children):
