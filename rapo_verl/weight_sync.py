@@ -38,6 +38,8 @@ def socket_of_run(handle: str) -> str:
 class RunServerAdapter(ServerAdapter):
     """The trainer's end, in veRL's registry of rollouts (`rapo_verl.plugin`)."""
 
+    zmq_handle: str
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.zmq_handle = socket_of_run(self.zmq_handle)
