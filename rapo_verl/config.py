@@ -8,6 +8,8 @@ from typing import Any
 SAMPLE_ESTIMATORS = ("paper", "unbiased", "bounded")
 PER_TOKEN_ESTIMATORS = ("topk", "full")
 ESTIMATORS = (*SAMPLE_ESTIMATORS, *PER_TOKEN_ESTIMATORS)
+# Largest vocabulary of `full`: each response token ships 8 bytes for each of its tokens.
+FULL_VOCABULARY = 4096
 READINGS = ("token", "nucleus", "unnormalized")
 PHI_SHAPES = ("linear", "step", "power")
 
