@@ -87,6 +87,18 @@ def demo(
         raise typer.Exit(1) from error
 
 
+@app.command()
+def figures(
+    out: Annotated[Path, typer.Option(help="folder for the figures, PNG and SVG")] = Path("docs/images"),
+    page: Annotated[Path, typer.Option(help="the table of estimators")] = Path("docs/estimators.md"),
+) -> None:
+    """Draw the theory: optimal policies (the paper's Figures 1 and 2), bias and variance of the KL estimators."""
+    from rapo_verl.figures import write_figures
+
+    for path in write_figures(out, page):
+        print(path)
+
+
 @app.command("inspect-reference")
 def inspect_reference(
     model: Annotated[str, typer.Argument(help="checkpoint folder or hub id")],

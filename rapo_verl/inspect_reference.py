@@ -187,6 +187,7 @@ def reference_figure(found: list[Reweighted], title: str, top_k: int, top_p: flo
             axis.set_xlabel("phi")
             axis.invert_xaxis()
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")  # the style has no mathematics, which the default would be
             axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-6))  # phi = 1 leaves rounding
             axis.legend()
     return figure
