@@ -85,22 +85,28 @@ def measure(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: floa
     return found
 
 
-def response_logits(model: Any, tokenizer: Any, prompts: list[str], *, tokens: int, temperature: float) -> torch.Tensor:
-    """Return the logits at the tokens of sampled responses, one for each prompt, up to the end of each.
+def average(parts: list[tuple[int, list[Reweighted]]]) -> list[Reweighted]:
+    """Return the means over all tokens from those of parts, each with its number of tokens."""
+    total = sum(count for count, _ in parts)
 
-    Returns:
-        Shape (response tokens of all prompts, vocabulary), fp32.
-    """
-    found = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-        # top_k=0, top_p=1: the checkpoint's own generation settings are not the rollout's.
-        out = model.generate(
-            **ids, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=tokens,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
-        found += [step[0].float().cpu() for step in out.logits]
-    return torch.stack(found)
+    def mean(same: tuple[Reweighted, ...], name: str) -> float:
+        return sum(count * getattr(x, name) for (count, _), x in zip(parts, same)) / total
+
+    return [
+        Reweighted(x[0].reading, x[0].phi, *(mean(x, name) for name in ("outside", "kl", "entropy", "top1")))
+        for x in zip(*(found for _, found in parts))
+    ]
+
+
+def response_logits(model: Any, tokenizer: Any, prompt: str, *, tokens: int, temperature: float) -> torch.Tensor:
+    """Return the logits at each token of a sampled response up to its end, shape (response, vocabulary), fp32."""
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+    # top_k=0, top_p=1: the checkpoint's own generation settings are not the rollout's.
+    out = model.generate(
+        **ids, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=tokens,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    return torch.stack([step[0].float().cpu() for step in out.logits])
 
 
 def inspect_reference(
@@ -145,12 +151,15 @@ def inspect_reference(
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     torch.manual_seed(seed)
     texts = [render(list(record["prompt"]), tokenizer) for record in records[:rows]]
-    logits = response_logits(loaded, tokenizer, texts, tokens=tokens, temperature=temperature)
-    found = measure(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    what = f"{Path(model).name}: {len(texts)} prompts, {len(logits)} response tokens, T = {temperature}, seed {seed}"
+    parts = []
+    for text in texts:  # one at a time: a language model's logits are 0.6 MB a token
+        logits = response_logits(loaded, tokenizer, text, tokens=tokens, temperature=temperature)
+        parts.append((len(logits), measure(logits, temperature=temperature, top_k=top_k, top_p=top_p)))
+    found, count = average(parts), sum(count for count, _ in parts)
+    what = f"{Path(model).name}: {len(texts)} prompts, {count} response tokens, T = {temperature}, seed {seed}"
     Console().print(_table(found, what, top_k, top_p))
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"model": model, "prompts": str(prompts), "rows": len(texts), "tokens": len(logits), "seed": seed}
+    settings = {"model": model, "prompts": str(prompts), "rows": len(texts), "tokens": count, "seed": seed}
     settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     write_atomic(out / "reference.json", json.dumps(settings | {"results": [asdict(x) for x in found]}, indent=1))
     figure = reference_figure(found, what, top_k, top_p)

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from rapo_verl.cli import app
-from rapo_verl.inspect_reference import PHIS, measure
+from rapo_verl.inspect_reference import PHIS, average, measure
 from rapo_verl.reference_tokens import reference_tokens
 from rapo_verl.reweighting import reweight_tokens
 
@@ -31,6 +31,16 @@ def test_measures_agree_with_the_readings_of_the_reweighted_reference():
         assert abs(kl[0]) < 1e-6 and kl[1:] == sorted(kl[1:]) and kl[1] > 0  # PHIS fall from 1
         assert entropy == sorted(entropy)
     assert found["nucleus", 0.5].outside == pytest.approx(found["token", 1.0].outside, rel=1e-5)
+
+
+def test_parts_average_to_the_whole():
+    logits = 3 * torch.randn(9, 40, generator=torch.Generator().manual_seed(1))
+    options = {"temperature": 1.0, "top_k": TOP_K, "top_p": TOP_P}
+    parts = [(len(x), measure(x, **options)) for x in (logits[:2], logits[2:])]
+    for got, want in zip(average(parts), measure(logits, **options), strict=True):
+        assert (got.reading, got.phi) == (want.reading, want.phi)
+        for name in ("outside", "kl", "entropy", "top1"):
+            assert getattr(got, name) == pytest.approx(getattr(want, name), rel=1e-4, abs=1e-6)  # fp32
 
 
 def test_top_k_above_the_vocabulary_is_refused():
