@@ -87,6 +87,51 @@ def demo(
         raise typer.Exit(1) from error
 
 
+@app.command()
+def figures(
+    out: Annotated[Path, typer.Option(help="folder for the figures, PNG and SVG")] = Path("docs/images"),
+    page: Annotated[Path, typer.Option(help="the table of estimators")] = Path("docs/estimators.md"),
+) -> None:
+    """Draw the theory: optimal policies (the paper's Figures 1 and 2), bias and variance of the KL estimators."""
+    from rapo_verl.figures import write_figures
+
+    for path in write_figures(out, page):
+        print(path)
+
+
+@app.command("inspect-reference")
+def inspect_reference(
+    model: Annotated[str, typer.Argument(help="checkpoint folder or hub id")],
+    prompts: Annotated[Path, typer.Option(help="veRL parquet with chat prompts")],
+    out: Annotated[Path, typer.Option(help="folder for reference.json, .png and .svg")] = Path(
+        "runs/inspect-reference"
+    ),
+    rows: Annotated[int, typer.Option(help="prompts to take", min=1)] = 32,
+    tokens: Annotated[int, typer.Option(help="longest sampled response", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="of the rollout")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="rapo.reference.top_k")] = 64,
+    top_p: Annotated[float, typer.Option(help="rapo.reference.top_p")] = 0.95,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+) -> None:
+    """Say what tempering by phi does to a reference: mass outside its top k, KL to the untempered."""
+    from rapo_verl.inspect_reference import inspect_reference as inspect
+
+    try:
+        inspect(
+            model,
+            prompts,
+            out,
+            rows=rows,
+            tokens=tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+    except (ValueError, OSError) as error:
+        _refuse([str(error)])
+
+
 @toy.command("make")
 def toy_make(
     out: Annotated[Path, typer.Option(help="folder; `toy_dir` of the experiments")] = Path("runs/toy/base0"),

@@ -5,8 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-ESTIMATORS = ("paper", "unbiased", "bounded")
-READINGS = ("token", "unnormalized")
+SAMPLE_ESTIMATORS = ("paper", "unbiased", "bounded")
+PER_TOKEN_ESTIMATORS = ("topk", "full")
+ESTIMATORS = (*SAMPLE_ESTIMATORS, *PER_TOKEN_ESTIMATORS)
+# Largest vocabulary of `full`: each response token ships 8 bytes for each of its tokens.
+FULL_VOCABULARY = 4096
+READINGS = ("token", "nucleus", "unnormalized")
 PHI_SHAPES = ("linear", "step", "power")
 
 
@@ -16,7 +20,9 @@ class ForwardKLConfig:
 
     # alpha of the paper. 0 switches RAPO off: the loss is verl's own, bit for bit.
     coef: float = 0.3
-    # One of ESTIMATORS; see rapo_verl/forward_kl.py for what each one's gradient really descends.
+    # One of ESTIMATORS: of the sampled token (rapo_verl/forward_kl.py says what each one's gradient really descends),
+    # or of the whole next-token distribution, without sampling noise (rapo_verl/head.py): `topk` names top_k tokens
+    # and puts the rest in one outcome, `full` names the vocabulary, if it is small.
     estimator: str = "bounded"
     # `bounded` only: rho = reference/policy beyond which the gradient stops growing. Its gradient lies in
     # ratio * [1 - rho_max, 1]; 6 keeps the trace-variance below 1 where the unbiased one has 150.
@@ -29,6 +35,11 @@ class ReferenceConfig:
 
     # One of READINGS: what "pi_ref^phi / Z" means; see rapo_verl/reweighting.py.
     reading: str = "token"
+    # Tokens of the reference that `topk` names, and the largest nucleus. Each token of a response ships them: 8 bytes
+    # apiece.
+    top_k: int = 64
+    # `nucleus` only: mass of the set of most likely tokens that is tempered.
+    top_p: float = 0.95
     # One of PHI_SHAPES: the monotone map from reward to phi in [phi_min, 1].
     phi: str = "linear"
     # phi of the lowest reward. 1 means: no reweighting, plain pi_ref.
@@ -59,6 +70,12 @@ class RapoConfig:
         """Whether any reward gives phi < 1."""
         return self.reference.phi_min < 1
 
+    @property
+    def exports_tokens(self) -> bool:
+        """Whether the reference pass must tell more than the log-prob of the sampled token."""
+        per_token = self.forward_kl.estimator in PER_TOKEN_ESTIMATORS
+        return self.enabled and (per_token or (self.reweights and self.reference.reading == "nucleus"))
+
     def problems(self) -> list[str]:
         """Return every problem of the settings as one line each (empty: none)."""
         kl, ref = self.forward_kl, self.reference
@@ -79,6 +96,14 @@ class RapoConfig:
             (
                 ref.reading in READINGS,
                 f"rapo.reference.reading is {ref.reading!r}; allowed: {', '.join(READINGS)}",
+            ),
+            (
+                ref.top_k >= 1,
+                f"rapo.reference.top_k is {ref.top_k}; allowed: a whole number >= 1, at most the vocabulary",
+            ),
+            (
+                0 < ref.top_p <= 1,
+                f"rapo.reference.top_p is {ref.top_p}; allowed: (0, 1]",
             ),
             (ref.phi in PHI_SHAPES, f"rapo.reference.phi is {ref.phi!r}; allowed: {', '.join(PHI_SHAPES)}"),
             (
@@ -143,6 +168,8 @@ def _build(default: Any, node: Any, path: str, problems: list[str]) -> Any:
             values[key] = _build(was, value, f"{path}.{key}", problems)
         elif isinstance(was, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
             problems.append(f"{path}.{key} is {value!r}; allowed: a number")
+        elif isinstance(was, int) and (isinstance(value, bool) or not isinstance(value, int)):
+            problems.append(f"{path}.{key} is {value!r}; allowed: a whole number")
         elif isinstance(was, str) and not isinstance(value, str):
             problems.append(f"{path}.{key} is {value!r}; allowed: a string")
         else:

@@ -36,14 +36,27 @@ def register_engines() -> None:
 
     Called when `rapo_verl.engines` is imported as ``model.external_lib`` in each worker.
     """
-    from verl.workers.engine import EngineRegistry
+    from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead, MegatronEngineWithLMHead
     from verl.workers.rollout import base as rollouts
 
     from rapo_verl.cpu.engine import CpuFSDPEngine
+    from rapo_verl.head_engine import FSDPHead, MegatronHead
 
     EngineRegistry.register("language_model", "fsdp2", device="cpu")(CpuFSDPEngine)
     # By name: veRL imports it (and vLLM) only in processes with a rollout.
     rollouts._ROLLOUT_REGISTRY["vllm", "async"] = "rapo_verl.weight_sync.RunServerAdapter"
+
+    # With a vendor, which veRL looks up first: under "cuda" alone its own engines are registered already.
+    class RapoFSDPEngine(FSDPHead, FSDPEngineWithLMHead):
+        """veRL's FSDP engine with RAPO's head."""
+
+    EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cuda", vendor="nvidia")(RapoFSDPEngine)
+    if MegatronEngineWithLMHead is not None:  # None: megatron-core is not installed
+
+        class RapoMegatronEngine(MegatronHead, MegatronEngineWithLMHead):
+            """veRL's Megatron engine with RAPO's head."""
+
+        EngineRegistry.register("language_model", "megatron", device="cuda", vendor="nvidia")(RapoMegatronEngine)
 
 
 def register_trainers() -> None:

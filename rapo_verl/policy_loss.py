@@ -3,6 +3,7 @@
     L = L_clip(A) - beta * H(pi) + alpha * KL(pi_ref^phi(r) ‖ pi)
 
 The first two terms are veRL's ``ppo_loss`` itself; alpha = ``rapo.forward_kl.coef``, beta = ``actor.entropy_coeff``.
+The per-token estimators come from the engine's head (`rapo_verl.head_engine`), the others from the sampled tokens here.
 Source: arXiv 2510.03865, section 3.
 """
 
@@ -16,7 +17,7 @@ from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from rapo_verl.config import RapoConfig
+from rapo_verl.config import PER_TOKEN_ESTIMATORS, RapoConfig
 from rapo_verl.forward_kl import LOG_RHO_CLAMP, ForwardKL, forward_kl_estimate
 from rapo_verl.reweighting import response_phi
 
@@ -28,7 +29,8 @@ def rapo_policy_loss(
 
     Args:
         config: veRL's actor config, ``use_kl_loss`` off (the leash is ours).
-        model_output: ``log_probs`` and optionally ``entropy``, jagged (batch, prompt + response), nats.
+        model_output: ``log_probs``, optionally ``entropy``, and for a per-token estimator ``forward_kl``, jagged
+            (batch, prompt + response), nats.
         data: micro-batch with ``old_log_probs``, ``ref_log_prob``, ``advantages``, ``response_mask``, ``rm_scores``,
             jagged (batch, response).
         dp_group: unused, part of the signature.
@@ -45,14 +47,18 @@ def rapo_policy_loss(
     mask = batch["response_mask"].bool()
     if not torch.isfinite(batch["ref_log_prob"][mask]).all():
         raise ValueError("ref_log_prob holds NaN or infinity at an unmasked token; stopping before the optimizer steps")
+    per_token = rapo.forward_kl.estimator in PER_TOKEN_ESTIMATORS
     estimate = forward_kl_estimate(
         no_padding_2_padding(model_output["log_probs"], data),
         batch["old_log_probs"],
         batch["ref_log_prob"],
         mask,
-        estimator=rapo.forward_kl.estimator,
+        # Of the sampled tokens a per-token estimator takes only what is logged.
+        estimator="unbiased" if per_token else rapo.forward_kl.estimator,
         rho_max=rapo.forward_kl.rho_max,
     )
+    if per_token:
+        estimate = estimate._replace(loss=torch.where(mask, no_padding_2_padding(model_output["forward_kl"], data), 0))
     forward_kl = agg_loss(
         loss_mat=estimate.loss, loss_mask=mask, loss_agg_mode=config.loss_agg_mode, **config.global_batch_info
     )

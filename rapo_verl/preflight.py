@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from rapo_verl.config import RapoConfig, rapo_config_from
+from rapo_verl.config import FULL_VOCABULARY, RapoConfig, rapo_config_from
 from rapo_verl.reward import reward_settings
 
 # Columns that veRL's data set and reward loop read.
@@ -69,7 +70,9 @@ def _check_method(config: DictConfig, rapo: RapoConfig) -> list[str]:
             "algorithm.use_kl_in_reward would penalise the distance to the reward-reweighted reference; set it to false"
         )
     model = config.actor_rollout_ref.model
-    if rapo.reweights and rapo.reference.reading == "token" and model.get("use_fused_kernels"):
+    if rapo.exports_tokens:
+        found += _check_head(config, rapo)
+    elif rapo.reweights and rapo.reference.reading == "token" and model.get("use_fused_kernels"):
         found.append(
             "rapo.reference.reading=token gives each sample its own temperature, which veRL's fused kernels do not "
             "take; set actor_rollout_ref.model.use_fused_kernels=false, or rapo.reference.phi_min=1"
@@ -79,6 +82,30 @@ def _check_method(config: DictConfig, rapo: RapoConfig) -> list[str]:
             "LoRA keeps the reference inside the actor, where RAPO does not reweight it yet; set "
             "actor_rollout_ref.model.lora_rank=0"
         )
+    return found
+
+
+def _check_head(config: DictConfig, rapo: RapoConfig) -> list[str]:
+    """Return what stands in the way of RAPO's own head (rapo_verl/head_engine.py)."""
+    estimator, actor, model = rapo.forward_kl.estimator, config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    why = f"rapo.forward_kl.estimator={estimator}, rapo.reference.reading={rapo.reference.reading}"
+    found = []
+    for key, strategy in (("actor", actor.strategy), ("ref", config.actor_rollout_ref.ref.strategy)):
+        if strategy not in ("fsdp", "fsdp2", "megatron"):
+            found.append(f"actor_rollout_ref.{key}.strategy is {strategy}; with {why} allowed: fsdp, fsdp2, megatron")
+    if model.get("use_fused_kernels"):
+        found.append(f"{why} needs the logits, which veRL's fused kernels never make; set "
+                     "actor_rollout_ref.model.use_fused_kernels=false")  # fmt: skip
+    if actor.get("calculate_sum_pi_squared"):
+        found.append(f"actor_rollout_ref.actor.calculate_sum_pi_squared is not computed with {why}; set it to false")
+    file = Path(model.path) / "config.json"
+    vocabulary = json.loads(file.read_text()).get("vocab_size") if file.is_file() else None
+    if vocabulary and estimator == "full" and vocabulary > FULL_VOCABULARY:
+        found.append(f"rapo.forward_kl.estimator=full on a vocabulary of {vocabulary}; allowed: up to "
+                     f"{FULL_VOCABULARY}, since each response token ships its whole distribution. "
+                     "Use estimator=topk")  # fmt: skip
+    elif vocabulary and estimator != "full" and rapo.reference.top_k > vocabulary:
+        found.append(f"rapo.reference.top_k is {rapo.reference.top_k}, above the model's vocabulary of {vocabulary}")
     return found
 
 

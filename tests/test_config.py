@@ -39,7 +39,11 @@ def problems(**changes) -> list[str]:
         ({"forward_kl__rho_max": 0.2}, "rapo.forward_kl.rho_max", "0.2", "> 1"),
         ({"forward_kl__rho_max": math.inf}, "rapo.forward_kl.rho_max", "inf", "> 1"),
         ({"forward_kl__rho_max": math.nan}, "rapo.forward_kl.rho_max", "nan", "> 1"),
-        ({"reference__reading": "nucleus"}, "rapo.reference.reading", "'nucleus'", "token, unnormalized"),
+        ({"reference__reading": "top"}, "rapo.reference.reading", "'top'", "token, nucleus, unnormalized"),
+        ({"reference__top_k": 0}, "rapo.reference.top_k", "0", ">= 1"),
+        ({"reference__top_k": 2.5}, "rapo.reference.top_k", "2.5", "a whole number"),
+        ({"reference__top_p": 0.0}, "rapo.reference.top_p", "0.0", "(0, 1]"),
+        ({"reference__top_p": 1.1}, "rapo.reference.top_p", "1.1", "(0, 1]"),
         ({"reference__phi": "cubic"}, "rapo.reference.phi", "'cubic'", "linear, step, power"),
         ({"reference__phi_min": 0.0}, "rapo.reference.phi_min", "0.0", "(0, 1]"),
         ({"reference__phi_min": -0.1}, "rapo.reference.phi_min", "-0.1", "(0, 1]"),
@@ -102,6 +106,16 @@ def test_enabled_and_reweights_follow_alpha_and_phi_min():
     assert not off.enabled and not off.reweights
     plain = rapo_config_from({"reference": {"phi_min": 1.0}})
     assert plain.enabled and not plain.reweights
+
+
+def test_tokens_are_exported_by_per_token_estimators_and_by_a_reweighted_nucleus_only():
+    assert not RapoConfig().exports_tokens
+    for estimator in ("topk", "full"):
+        assert rapo_config_from({"forward_kl": {"estimator": estimator}}).exports_tokens
+    assert rapo_config_from({"reference": {"reading": "nucleus"}}).exports_tokens
+    assert not rapo_config_from({"reference": {"reading": "nucleus", "phi_min": 1.0}}).exports_tokens
+    off = {"forward_kl": {"coef": 0.0, "estimator": "topk"}, "reference": {"phi_min": 1.0}}
+    assert not rapo_config_from(off).exports_tokens
 
 
 @pytest.mark.parametrize("empty", [{}, None])

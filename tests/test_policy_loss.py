@@ -137,6 +137,31 @@ def test_loss_is_verl_loss_plus_alpha_times_the_aggregated_estimate(mode, estima
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+@pytest.mark.parametrize("estimator", ["topk", "full"])
+def test_per_token_estimators_take_the_forward_kl_of_the_head(mode, estimator):
+    batch, rapo = Batch(), rapo_config(estimator=estimator)
+    output, data = batch.micro(ALL)
+    values = [x.detach().abs().requires_grad_(True) for x in batch.log_probs]
+    output["forward_kl"] = torch.nested.as_nested_tensor(values, layout=torch.jagged)
+    config = actor_config(loss_agg_mode=mode, loss_scale_factor=8)
+    loss, metrics = rapo_policy_loss(config, output, data, rapo=rapo)
+    verl_loss, _ = ppo_loss(actor_config(loss_agg_mode=mode, loss_scale_factor=8), output, data)
+    mask = estimate_of(output, data, rapo_config())[0]
+    token_kl = no_padding_2_padding(output["forward_kl"], data)
+    added = agg_loss(token_kl, mask, mode, batch_num_tokens=batch.tokens(), global_batch_size=5, loss_scale_factor=8)
+    torch.testing.assert_close(loss, verl_loss + ALPHA * added, **CLOSE)
+    assert metrics["rapo/forward_kl"].aggregate() == pytest.approx(float(added), rel=1e-5)  # fp32 sum
+    _, sampled = rapo_policy_loss(config, output, data, rapo=rapo_config(estimator="unbiased"))
+    assert metrics.keys() == sampled.keys()
+    assert metrics["rapo/log_rho_mean"].aggregate() == sampled["rapo/log_rho_mean"].aggregate()
+    loss.backward()
+    for row, value in enumerate(values):
+        on_response = torch.zeros_like(value, dtype=torch.bool)
+        on_response[PROMPTS[row] - 1 : -1] = batch.mask[row].bool()
+        assert ((value.grad != 0) == on_response).all()
+
+
 def test_forward_kl_reads_the_log_prob_of_the_response_tokens():
     batch, rapo = Batch(), rapo_config(estimator="unbiased")
     output, data = batch.micro(ALL)

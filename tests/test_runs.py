@@ -123,6 +123,18 @@ def test_unknown_key_and_experiment_are_refused(toy_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["forward_kl.estimator=topk", "forward_kl.estimator=full",
+    "forward_kl.estimator=unbiased", "forward_kl.estimator=paper", "reference.reading=nucleus"])  # fmt: skip
+def test_every_form_of_the_forward_kl_trains(toy_dir, tmp_path, form):
+    code, output = train(toy_dir, tmp_path / "run", "toy_rapo_cpu", 2, f"rapo.{form}")
+    assert code == 0, output[-4000:]
+    steps = read_metrics(tmp_path / "run")
+    assert len(steps) == 2 and all(step["rapo/forward_kl"] == step["rapo/forward_kl"] for step in steps)
+    # The first update starts at the reference, which phi < 1 has already moved away.
+    assert steps[0]["rapo/forward_kl"] > 0 or "nucleus" in form
+
+
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits(toy_dir, tmp_path, rapo_run):
     args = (toy_dir, tmp_path / "run", "toy_rapo_cpu", 4, "trainer.save_freq=2")
     process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -29,9 +29,11 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.import_utils import load_extern_type
 from verl.utils.py_functional import rename_dict
 from verl.workers.config import HFModelConfig
+from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine, FSDPEngineWithLMHead
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import response_from_nested
 
 from rapo_verl.compose import compose_config
 from rapo_verl.reweighting import reference_temperature
@@ -260,6 +262,12 @@ WORKER_TQ = AgentLoopWorkerTQ.__ray_actor_class__
         (ReplayBuffer._sync_metadata_from_transfer_queue, ["self"]),
         (ReplayBuffer.sample, ["self", "global_steps", "partition_id", "batch_size"]),
         (ppo_loss, ["config", "model_output", "data", "dp_group=None"]),
+        (
+            FSDPEngineWithLMHead.prepare_model_outputs,
+            ["self", "output", "output_args", "micro_batch", "logits_processor_func"],
+        ),
+        (FSDPEngine._gather_and_unpad_packed, ["self", "tensor", "pad_size"]),
+        (response_from_nested, ["tensor", "response_mask"]),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
@@ -362,6 +370,20 @@ def source(thing) -> str:
             ["loss_function( model_output=model_output, data=micro_batch, dp_group=self.get_data_parallel_group() )"],
         ),
         (FSDPEngineWithLMHead, ['backend=["fsdp", "fsdp2"], device=["cuda", "npu"])']),
+        # What rapo_verl/head_engine.py takes from the engine's own input code.
+        (
+            FSDPEngineWithLMHead.prepare_model_inputs,
+            [
+                'output_args["input_ids_rmpad_rolled"] = input_ids_rmpad_rolled',
+                'output_args["temperature_rmpad"] = temperature_rmpad',
+                'output_args["temperature"] = temperature',
+                'output_args["pad_size"] = static_pad_size + sp_pad_size',
+            ],
+        ),
+        (
+            EngineRegistry.get_engine_cls,
+            ["vendor_key = (device, vendor)", 'if device == "cuda" and vendor != "nvidia":'],
+        ),
         (
             WORKER_TQ._run_prompt,
             [
@@ -441,6 +463,47 @@ def test_rename_dict_puts_the_prefix_that_we_take_off():
         "actor/rapo/phi_mean": 1,
         "actor/pg_loss": 2,
     }
+
+
+def test_verl_megatron_head_is_what_we_override():
+    # Read and not imported, so that it is checked where megatron-core is not installed.
+    name, cls = "verl.workers.engine.megatron.transformer_impl", "MegatronEngineWithLMHead"
+    arguments = method(name, cls, "_lm_head_logits_processor").args
+    assert [a.arg for a in arguments.args] == ["self", "logits", "label", "temperature"]
+    assert [a.arg for a in arguments.kwonlyargs] == [
+        "calculate_sum_pi_squared", "calculate_entropy", "distillation_use_topk", "distillation_only",
+        "logits_processor_func", "batch", "data_format",
+    ]  # fmt: skip
+    text = ast.unparse(method(name, cls, "_lm_head_logits_processor"))
+    assert "logits.div_(" in text and "logits.shape[:2] == label.shape[:2]" in text
+    text = ast.unparse(method(name, cls, "forward_step"))
+    assert "partial(self._lm_head_logits_processor," in text
+
+
+def test_our_engines_are_those_that_verl_takes_on_nvidia_and_on_the_cpu():
+    from rapo_verl.head_engine import FSDPHead, MegatronHead
+
+    code = """
+import json, os
+import verl
+from verl.utils.import_utils import import_external_libs
+import_external_libs("rapo_verl.engines")
+from verl.workers.engine import EngineRegistry
+seen = {}
+for device, vendor in (("cuda", "nvidia"), ("cpu", "cpu"), ("npu", "huawei")):
+    os.environ.update(VERL_ENGINE_DEVICE=device, VERL_ENGINE_VENDOR=vendor)
+    for backend in ("fsdp", "fsdp2", "megatron"):
+        try:
+            found = EngineRegistry.get_engine_cls("language_model", backend)
+        except ValueError:
+            continue
+        seen[f"{device} {backend}"] = [cls.__name__ for cls in found.__mro__]
+print(json.dumps(seen))
+"""
+    seen = last_line(run_python(code))
+    for backend, mixin in (("fsdp", FSDPHead), ("fsdp2", FSDPHead), ("megatron", MegatronHead)):
+        assert mixin.__name__ in seen[f"cuda {backend}"][:2]
+    assert FSDPHead.__name__ in seen["cpu fsdp2"] and FSDPHead.__name__ not in seen["npu fsdp2"]
 
 
 # --- upstream guards: vLLM's worker, read and not imported (importing vLLM takes 7 s) ---

@@ -4,8 +4,10 @@ from typing import Any
 
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from rapo_verl.head_engine import FSDPHead
 
-class CpuFSDPEngine(FSDPEngineWithLMHead):
+
+class CpuFSDPEngine(FSDPHead, FSDPEngineWithLMHead):
     """FSDP2 on gloo; the reference is not "offloaded to the CPU", where it already is."""
 
     def _build_fsdp_module(self, module: Any) -> Any:

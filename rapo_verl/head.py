@@ -1,0 +1,271 @@
+"""Log-probability, entropy and forward KL of a language model's head: one chunked pass, closed-form gradient.
+
+Pure torch. Nothing of the size [tokens, vocabulary] is made in the forward or kept for the backward but the logits
+themselves; the backward makes their gradient and no other such tensor. The vocabulary may be split over a process
+group (tensor parallel): one MAX and one packed SUM per chunk in the forward, nothing in the backward. All arithmetic is
+fp32 (fp64 for fp64 logits) and free of matrix products, which autocast and TF32 would round.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+# Elements of one chunk's fp32 buffer: it should stay in a processor's cache, and keep a GPU busy between launches.
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
+# A chunk's buffers are about three; 1/32 of the tokens keeps them below a tenth of [tokens, vocabulary].
+CHUNKS_AT_LEAST = 32
+
+
+class Target(NamedTuple):
+    """A reference's next-token distributions: k named tokens and one outcome for all others.
+
+    Attributes:
+        ids: token ids of the whole vocabulary, shape (n, k), int, distinct within a row.
+        log_prob: their log-probabilities, shape (n, k), float, nats; -inf where the reference has none.
+        log_tail: log of the mass of all other tokens, shape (n,), float, nats; -inf where nothing is left.
+    """
+
+    ids: torch.Tensor
+    log_prob: torch.Tensor
+    log_tail: torch.Tensor
+
+
+class HeadOutput(NamedTuple):
+    """What the head says of each token; fp32 (fp64 for fp64 logits), nats, zero outside ``rows``.
+
+    Attributes:
+        log_prob: log pi of the label, shape (n,).
+        entropy: of the next-token distribution, shape (n,).
+        forward_kl: KL(target ‖ pi), shape (n,), over k + 1 outcomes; zeros without a target.
+    """
+
+    log_prob: torch.Tensor
+    entropy: torch.Tensor
+    forward_kl: torch.Tensor
+
+
+def head(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: torch.Tensor | float = 1.0,
+    target: Target | None = None,
+    rows: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    chunk_rows: int | None = None,
+) -> HeadOutput:
+    r"""Return log-probability, entropy and forward KL of each token under pi = softmax(logits / T).
+
+    With q the target, Q its tail, P the mass of pi on the tail, the KL of the k + 1 outcomes is
+
+        sum_i [q_i log(q_i / p_i) - q_i + p_i] + [Q log(Q / P) - Q + P],
+
+    never negative, a lower bound of the KL over the vocabulary, equal to it where k is the vocabulary. (For a target
+    that does not sum to one it is the generalised KL.) With g1, g2, g3 the gradients of log_prob, entropy and
+    forward_kl, M = sum_i q_i + Q and S the named tokens,
+
+        dL/dz_j = (1/T) [ p_j (g3 M - g1 - g2 (log p_j + H)) + g1 1[j = y] - g3 (q_j if j in S else p_j Q / P) ].
+
+    Args:
+        logits: shape (n, vocabulary) or this rank's equal share of its columns; float, not changed.
+        labels: token whose log-probability is wanted, shape (n,), int, ids of the whole vocabulary.
+        temperature: T > 0, a number or shape (n,).
+        target: the reference; None leaves the KL zero. Receives no gradient.
+        rows: bool, shape (n,): tokens that count; the others may hold anything, NaN included, and get no gradient.
+        group: process group over whose ranks, in order, the columns are split.
+        chunk_rows: tokens per chunk; a choice by device where None. It changes memory and time, not the result.
+
+    Returns:
+        `HeadOutput`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit; more named tokens than the vocabulary; and, named with its row: a
+            token with non-finite logits, an id outside the vocabulary or named twice, a temperature that is not
+            positive, a target that is NaN or +inf.
+
+    Source: derived by hand; held against autograd in tests/test_head.py.
+    """
+    n, columns = _check_shapes(logits, labels, temperature, target, rows)
+    vocabulary, start = columns, 0
+    if group is not None:
+        vocabulary, start = columns * dist.get_world_size(group), columns * dist.get_rank(group)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    inverse = torch.as_tensor(temperature, dtype=dtype, device=logits.device).reciprocal().expand(n)
+    if target is None:
+        nothing = logits.new_full((n,), -torch.inf, dtype=dtype)
+        target = Target(labels.new_empty(n, 0), logits.new_empty(n, 0, dtype=dtype), nothing)
+    if target.ids.shape[1] > vocabulary:
+        raise ValueError(f"the target names {target.ids.shape[1]} tokens of a vocabulary of {vocabulary}")
+    target = Target(target.ids.long(), target.log_prob.detach().to(dtype), target.log_tail.detach().to(dtype))
+    index = None
+    if rows is not None:
+        index = rows.nonzero()[:, 0]
+        labels, inverse = labels[index], inverse[index]
+        target = Target(*(field[index] for field in target))
+    _check_values(labels, inverse, target, vocabulary, index)
+    chunk = chunk_rows or chunk_size(n, columns, logits.device)
+    out = _Head.apply(logits, labels.long(), inverse, target, index, (group, start), chunk)
+    if not torch.isfinite(out[1]).all():
+        row = int((~torch.isfinite(out[1])).nonzero()[0])
+        raise ValueError(f"the logits of row {row} hold NaN or infinity; nothing can be computed from them")
+    return HeadOutput(*out)
+
+
+def chunk_size(n: int, columns: int, device: torch.device) -> int:
+    """Return how many tokens to take at a time."""
+    elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
+    return max(1, min(elements // columns, n // CHUNKS_AT_LEAST))
+
+
+class _Head(torch.autograd.Function):
+    """The three outputs of `head`; ``index`` (rows to take, or None for all) applies to the logits alone."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, inverse, target, index, shard, chunk):
+        group, start = shard
+        n, k = len(labels), target.ids.shape[1]
+        out = inverse.new_empty(3, n)
+        log_normaliser, tail_ratio = inverse.new_empty(n), inverse.new_empty(n)
+        for s in range(0, n, chunk):
+            e = min(s + chunk, n)
+            ids, log_q, log_tail = (field[s:e] for field in target)
+            z = logits[slice(s, e) if index is None else index[s:e]] * inverse[s:e, None]
+            peak, packed = _sums(z, torch.cat([ids, labels[s:e, None]], 1), group, start)
+            del z  # or the next chunk is made beside it
+            z_named, z_label, tail, z_mean = packed.split([k, 1, 1, 1], 1)
+            # Both parts positive: no cancellation, whichever is small.
+            log_mass = (tail[:, 0] + z_named.exp().sum(1)).log()
+            log_p = z_named - log_mass[:, None]
+            # A tail below the smallest number counts as that number: a finite KL and gradient.
+            log_tail_p = tail[:, 0].clamp_min(torch.finfo(tail.dtype).tiny).log() - log_mass
+            out[0, s:e] = z_label[:, 0] - log_mass
+            out[1, s:e] = log_mass - z_mean[:, 0] / log_mass.exp()
+            out[2, s:e] = _divergence(log_q, log_p).sum(1) + _divergence(log_tail, log_tail_p)
+            log_normaliser[s:e] = peak + log_mass
+            tail_ratio[s:e] = (log_tail - log_tail_p).exp()
+        has_target = (target.log_prob.amax(1) if k else target.log_tail).maximum(target.log_tail) > -torch.inf
+        out[2].masked_fill_(~has_target, 0)
+        ctx.save_for_backward(logits)
+        ctx.kept = labels, inverse, target, index, start, chunk, out[1].clone(), log_normaliser, tail_ratio
+        ctx.set_materialize_grads(False)
+        if index is not None:
+            out = out.new_zeros(3, len(logits)).index_copy_(1, index, out)
+        return tuple(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream):
+        (logits,) = ctx.saved_tensors
+        labels, inverse, target, index, start, chunk, entropy, log_normaliser, tail_ratio = ctx.kept
+        g1, g2, g3 = (torch.zeros_like(inverse) if g is None else _taken(g, index) * inverse for g in upstream)
+        mass = target.log_prob.exp().sum(1) + target.log_tail.exp()
+        common = g3 * mass - g1 - g2 * entropy
+        gradient = torch.empty_like(logits) if index is None else torch.zeros_like(logits)
+        for s in range(0, len(labels), chunk):
+            e = min(s + chunk, len(labels))
+            where = slice(s, e) if index is None else index[s:e]
+            log_p = (logits[where] * inverse[s:e, None]).sub_(log_normaliser[s:e, None])
+            local, inside = _local(target.ids[s:e], start, logits.shape[1])
+            p = log_p.exp()
+            named, log_named = p.gather(1, local), log_p.gather(1, local)
+            # The named tokens get their gradient by themselves: Q / P, which their column must not see, may be 1e8.
+            _zero_at(p, local, inside)
+            if upstream[1] is None:
+                p *= (common - g3 * tail_ratio)[s:e, None]
+            else:
+                p *= log_p.mul_(-g2[s:e, None]).add_((common - g3 * tail_ratio)[s:e, None])
+            named = named * (common[s:e, None] - g2[s:e, None] * log_named) - g3[s:e, None] * target.log_prob[s:e].exp()
+            p.scatter_add_(1, local, named * inside)
+            local, inside = _local(labels[s:e, None], start, logits.shape[1])
+            p.scatter_add_(1, local, g1[s:e, None] * inside)
+            gradient[where] = p.to(logits.dtype)
+        return gradient, None, None, None, None, None, None
+
+
+def _taken(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    return values if index is None else values[index]
+
+
+def _local(ids: torch.Tensor, start: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the columns of ``ids`` in this shard and whether they are in it; those of others are column 0."""
+    local = ids - start
+    inside = (local >= 0) & (local < columns)
+    return torch.where(inside, local, 0), inside
+
+
+def _zero_at(values: torch.Tensor, local: torch.Tensor, inside: torch.Tensor) -> None:
+    """Set non-negative ``values`` to zero at the columns inside."""
+    # A minimum and not an assignment: an id of another shard, put on column 0, must not undo a zero that belongs there.
+    values.scatter_reduce_(1, local, torch.where(inside, 0.0, torch.inf).to(values.dtype), "amin")
+
+
+def _sums(z: torch.Tensor, ids: torch.Tensor, group, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the maximum m of z over all shards and, in one tensor (c, k + 3), sums over all shards; eats z.
+
+    They are z - m at ``ids`` (k and the label), the sum of e^(z - m) off all but the last id, and of (z - m) e^(z - m).
+    """
+    peak = z.amax(-1)
+    if group is not None:
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    z -= peak[:, None]
+    local, inside = _local(ids, start, z.shape[1])
+    at_ids = z.gather(1, local) * inside
+    p = z.exp()
+    mean = z.mul_(p).sum(1, keepdim=True)
+    # The tail is a sum of what is left, not one minus the rest: in fp32 that is off by 33 % at a tail of 1e-5.
+    _zero_at(p, local[:, :-1], inside[:, :-1])
+    packed = torch.cat([at_ids, p.sum(1, keepdim=True), mean], 1)
+    if group is not None:
+        dist.all_reduce(packed, group=group)
+    return peak, packed
+
+
+def _divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """Return q log(q / p) - q + p of each outcome, without a NaN where q = 0."""
+    q = log_q.exp()
+    return torch.where(q > 0, q * (log_q - log_p) - q, 0) + log_p.exp()
+
+
+def _check_shapes(logits, labels, temperature, target, rows) -> tuple[int, int]:
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(
+            f"logits must be float of shape (tokens, vocabulary), got {logits.dtype} {tuple(logits.shape)}"
+        )
+    n = len(logits)
+    named = {"labels": labels} | ({} if rows is None else {"rows": rows})
+    if isinstance(temperature, torch.Tensor) and temperature.dim():
+        named["temperature"] = temperature
+    if target is not None:
+        if target.ids.dim() != 2 or target.ids.shape != target.log_prob.shape:
+            raise ValueError(
+                "target.ids and target.log_prob must have one shape (tokens, k), got "
+                f"{tuple(target.ids.shape)} and {tuple(target.log_prob.shape)}"
+            )
+        named |= {"target.ids": target.ids[:, 0] if target.ids.shape[1] else labels, "target.log_tail": target.log_tail}
+    for name, value in named.items():
+        if value.shape != (n,):
+            raise ValueError(f"{name} must have {n} rows as the logits, got shape {tuple(value.shape)}")
+        allowed = {"labels": "int", "target.ids": "int", "rows": "bool"}.get(name, "float")
+        is_one = "float" if value.is_floating_point() else "bool" if value.dtype == torch.bool else "int"
+        if is_one != allowed:
+            raise ValueError(f"{name} has dtype {value.dtype}; allowed: {allowed}")
+    return n, logits.shape[1]
+
+
+def _check_values(labels, inverse, target, vocabulary, index) -> None:
+    ordered = target.ids.sort(1).values
+    problems = {
+        f"a label outside the vocabulary of {vocabulary}": (labels < 0) | (labels >= vocabulary),
+        f"a target id outside the vocabulary of {vocabulary}": ((target.ids < 0) | (target.ids >= vocabulary)).any(1),
+        "a target id twice": (ordered[:, 1:] == ordered[:, :-1]).any(1),
+        "a temperature that is not positive and finite": ~(torch.isfinite(inverse) & (inverse > 0)),
+        "a target log-probability that is NaN or +inf": ~(
+            (target.log_prob < torch.inf).all(1) & (target.log_tail < torch.inf)
+        ),
+    }
+    found = torch.stack(list(problems.values()))
+    if found.any():
+        problem, row = found.nonzero()[0].tolist()
+        row = row if index is None else int(index[row])
+        raise ValueError(f"row {row} has {list(problems)[problem]}")
