@@ -127,10 +127,12 @@ def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, lis
     tensors = (2**i for i in range(4)) if job.backend == "megatron" else (job.tensor,)
     offloads = ((False, False), (False, True), (True, True))
     micro = {job.micro_tokens, -(-job.sequence // job.context)}
-    options = itertools.product(tensors, offloads, micro, sorted({job.utilization, *UTILIZATIONS}, reverse=True))
+    rollouts = sorted({job.rollout_tensor, 2, 4})
+    utilizations = sorted({job.utilization, *UTILIZATIONS}, reverse=True)
+    options = itertools.product(tensors, offloads, micro, utilizations, rollouts)
     engine = "actor.megatron" if job.backend == "megatron" else "actor.fsdp_config"
     found = []
-    for tensor, (params, optimizer), tokens, utilization in options:
+    for tensor, (params, optimizer), tokens, utilization, rollout in options:
         variant = replace(
             job,
             gpus=gpus,
@@ -142,6 +144,7 @@ def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, lis
             reference_offload=job.reference_offload or params,
             micro_tokens=tokens,
             utilization=utilization,
+            rollout_tensor=rollout,
         )
         changes = [
             f"{key}={new}"
@@ -151,6 +154,7 @@ def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, lis
                 (f"{engine}.param_offload", job.param_offload, params),
                 ("actor.ppo_max_token_len_per_gpu", job.micro_tokens, tokens),
                 ("rollout.gpu_memory_utilization", job.utilization, utilization),
+                ("rollout.tensor_model_parallel_size", job.rollout_tensor, rollout),
             )
             if old != new
         ]
