@@ -3,7 +3,7 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -18,43 +18,73 @@ REFUSED = 2
 INTERRUPTED = 130
 
 
-def _refuse(problems: list[str]) -> None:
+def _refuse(problems: list[str]) -> NoReturn:
     print(f"rapo: {len(problems)} problem(s); nothing was started:", file=sys.stderr)
     for problem in problems:
         print(f"- {problem}", file=sys.stderr)
     raise typer.Exit(REFUSED)
 
 
+def _compose(overrides: list[str]) -> Any:
+    """Return the resolved config of the overrides, or refuse."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from rapo_verl.compose import compose_config, experiments
+
+    if not any(override.startswith("experiment=") for override in overrides):
+        _refuse([f"no experiment given; allowed: {', '.join(f'experiment={name}' for name in experiments())}"])
+    try:
+        return compose_config(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        _refuse([str(error)])
+
+
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="experiment=NAME and any key=value")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show the log of every process")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show the plan, start nothing")] = False,
 ) -> None:
     """Train: `rapo train experiment=toy_rapo_cpu actor_rollout_ref.actor.optim.lr=1e-4`.
 
     Started again with the same config, a run goes on from its last checkpoint.
     """
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from rapo_verl.compose import compose_config, experiments
     from rapo_verl.launch import RunFolderError, run
     from rapo_verl.preflight import problems_of
 
-    overrides = overrides or []
-    if not any(override.startswith("experiment=") for override in overrides):
-        _refuse([f"no experiment given; allowed: {', '.join(f'experiment={name}' for name in experiments())}"])
-    try:
-        config = compose_config(overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        _refuse([str(error)])
+    config = _compose(overrides or [])
     problems = problems_of(config)
     if problems:
         _refuse(problems)
+    if dry_run:
+        from rapo_verl.plan.dry_run import show_dry_run
+
+        raise typer.Exit(0 if show_dry_run(config) else 1)
     try:
         raise typer.Exit(run(config, verbose=verbose))
     except RunFolderError as error:
         _refuse([str(error)])
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="name of an experiment")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="any key=value, as for `rapo train`")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="how many; default: the recipe's")] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, a100-40, l40s or rtx4090")] = "h100",
+    response: Annotated[int, typer.Option(min=1, help="mean tokens of a response, for the times")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what a run needs of its GPUs, whether it fits and what would: docs/scaling.md. Exit code 1: it does not."""
+    from rapo_verl.plan.report import show_plan
+
+    config = _compose([f"experiment={recipe}", *(overrides or [])])
+    try:
+        fits = show_plan(config, gpu=gpu, gpus=gpus, response=response, as_json=as_json)
+    except ValueError as error:
+        _refuse([str(error)])
+    raise typer.Exit(0 if fits else 1)
 
 
 @app.command()

@@ -59,7 +59,8 @@ def compose_config(overrides: list[str]) -> DictConfig:
         del config["hydra"]
         if OmegaConf.is_missing(config, "run_dir"):
             config.run_dir = f"runs/{choice or 'rapo'}"
-        for key in ("run_dir", "toy_dir"):
+        config.recipe_dir = str(recipe_dir())
+        for key in ("run_dir", "toy_dir", "data_dir"):
             if key in config:
                 config[key] = str(Path(config[key]).absolute())
         if config.trainer.experiment_name == "gsm8k":  # veRL's default

@@ -37,7 +37,7 @@ def problems_of(config: DictConfig) -> list[str]:
         found += str(error).splitlines()
     if rapo is not None:
         found += _check_method(config, rapo)
-    found += _check_cpu(config) + _check_model(config) + _check_data(config)
+    found += _check_cpu(config) + _check_megatron(config) + _check_model(config) + _check_data(config)
     found += _check_reward(config) + _check_run_dir(config)
     return found + _check_with_verl(config)
 
@@ -124,6 +124,18 @@ def _check_cpu(config: DictConfig) -> list[str]:
         f"{key} is {got}; on trainer.device=cpu only {allowed} works (start from experiment=cpu)"
         for key, (got, allowed) in wanted.items()
         if got != allowed
+    ]
+
+
+def _check_megatron(config: DictConfig) -> list[str]:
+    actor = config.actor_rollout_ref.actor
+    if actor.strategy != "megatron" or not actor.entropy_from_logits_with_chunking or actor.entropy_coeff == 0:
+        return []
+    # verl 0.9.1 utils/megatron/tensor_parallel.py:136 changes each chunk's logits in place in its backward pass, and
+    # the chunks are views of one tensor: autograd raises at the second one (tests/test_recipes.py).
+    return [
+        "actor_rollout_ref.actor.entropy_from_logits_with_chunking=true cannot be differentiated on Megatron, and "
+        f"entropy_coeff is {actor.entropy_coeff}; set it to false"
     ]
 
 

@@ -1,0 +1,114 @@
+"""Tokens, FLOPs, expected seconds and checkpoint bytes of a step; nobody has measured the seconds."""
+
+from dataclasses import dataclass
+
+from rapo_verl.plan.job import Job
+from rapo_verl.plan.memory import OPTIMIZER_BYTES, kv_bytes
+from rapo_verl.plan.model import ModelShape
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card as its data sheet gives it: usable GiB, dense bf16 TFLOP/s, TB/s of its memory."""
+
+    memory_gib: float
+    tflops: float
+    bandwidth: float
+
+
+# NVIDIA data sheets; memory as the driver reports it.
+GPUS = {
+    "h100": Gpu(79.6, 989, 3.35),
+    "h200": Gpu(140.4, 989, 4.8),
+    "a100": Gpu(79.3, 312, 2.04),
+    "a100-40": Gpu(39.4, 312, 1.56),
+    "l40s": Gpu(44.7, 362, 0.86),
+    "rtx4090": Gpu(23.6, 165, 1.01),
+}
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What the seconds rest on."""
+
+    # Mean tokens of prompt and response. Base models answer MATH in several hundred tokens and grow under RL.
+    prompt: int = 200
+    response: int = 1000
+    # Share of the peak FLOP/s in training and log-prob passes, and of the memory's bandwidth in decoding.
+    mfu: float = 0.35
+    bandwidth_share: float = 0.6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One step: tokens, FLOPs by pass, seconds by stage; checkpoints in bytes."""
+
+    responses: int
+    tokens: float
+    forward_flops: float
+    update_flops: float
+    generation: float
+    old_log_prob: float
+    reference: float
+    update: float
+    checkpoint: float
+    disk: float
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step, without weight sync, rewards and saving."""
+        return self.generation + self.old_log_prob + self.reference + self.update
+
+
+def forward_flops(shape: ModelShape, tokens: float, length: float) -> float:
+    """Return the FLOPs of a forward pass over ``tokens`` in sequences of mean ``length``.
+
+    Two per parameter and token (the embedding is a look-up, the head is not), and 2 L h per token for causal attention
+    over on average half of ``length``: Chowdhery et al. (arXiv 2204.02311, appendix B).
+    """
+    matrices = shape.layers * (shape.layer_parameters - shape.layer_replicated) + shape.embedding
+    attention = 2 * shape.layers * shape.heads * shape.head_dim * length
+    return tokens * (2 * matrices + attention)
+
+
+def cost(shape: ModelShape, job: Job, gpu: Gpu, assumed: Assumed, *, kv_tokens: int) -> Cost:
+    """Return what a step costs; ``kv_tokens`` is the capacity of one rollout replica's cache."""
+    responses = job.prompts * job.responses
+    length = assumed.prompt + min(assumed.response, job.response_tokens)
+    tokens = float(responses * length)
+    forward = forward_flops(shape, tokens, length)
+    # Backward is twice the forward pass; recomputation adds one.
+    update = forward * (3 if job.recompute_layers is None else 4)
+    speed = job.gpus * gpu.tflops * 1e12 * assumed.mfu
+    # Megatron: the HF tree holds the weights (megatron_checkpoint_manager.py:118 of veRL 0.9.1), model and hf_model
+    # being one; FSDP writes fp32 shards with two moments, and bf16 beside them.
+    megatron = job.backend == "megatron"
+    checkpoint = shape.parameters * (2 + OPTIMIZER_BYTES if megatron else 12 + (2 if job.hf_model else 0))
+    return Cost(
+        responses=responses,
+        tokens=tokens,
+        forward_flops=forward,
+        update_flops=update,
+        generation=_generation(shape, job, gpu, assumed, kv_tokens),
+        old_log_prob=forward / speed,
+        reference=forward / speed if job.reference else 0.0,
+        update=update / speed,
+        checkpoint=checkpoint,
+        disk=checkpoint * (job.checkpoints + 1),  # the new one is written before the oldest goes
+    )
+
+
+def _generation(shape: ModelShape, job: Job, gpu: Gpu, assumed: Assumed, kv_tokens: int) -> float:
+    """Return seconds of decoding by the memory's bandwidth: weights once and every cached token once per step.
+
+    At least as long as one response of the limit takes at batch size 1, since some always run to it.
+    """
+    bandwidth = gpu.bandwidth * 1e12 * assumed.bandwidth_share
+    replicas = max(job.gpus // job.rollout_tensor, 1)
+    mean = min(assumed.response, job.response_tokens)
+    sequences = job.prompts * job.responses / replicas
+    held = assumed.prompt + mean / 2
+    batch = max(min(job.max_num_seqs, sequences, kv_tokens / (assumed.prompt + mean)), 1)
+    weights = 2 * shape.parameters / job.rollout_tensor
+    decode = (weights + batch * held * kv_bytes(shape, job)) / bandwidth
+    return max(sequences * mean / batch * decode, job.response_tokens * weights / bandwidth)

@@ -1,0 +1,35 @@
+"""``rapo train --dry-run``: what the start of a run would load, loaded, on any machine; no Ray, no weights."""
+
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import AutoTokenizer
+
+from rapo_verl.plan.report import show_plan
+
+
+def show_dry_run(config: DictConfig) -> bool:
+    """Load tokenizer and data as veRL does, build the model on the meta device, print the plan.
+
+    Args:
+        config: resolved config that passed `rapo_verl.preflight`.
+
+    Returns:
+        Whether every prompt fits its limit and the plan fits its GPUs (on ``trainer.device=cpu`` there is no plan).
+    """
+    from verl.trainer.ppo.utils import create_rl_dataset
+
+    tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+    fits, limit = True, config.data.max_prompt_length
+    for key in ("train_files", "val_files"):
+        data = create_rl_dataset(config.data[key], config.data, tokenizer, None, is_train=key == "train_files")
+        lengths = [_prompt_tokens(row, tokenizer) for row in data.dataframe]
+        fits = fits and max(lengths) <= limit
+        print(f"data.{key}: {len(lengths)} rows, longest prompt {max(lengths)} tokens of {limit}")
+    if config.trainer.device == "cpu":
+        return fits
+    return show_plan(config) and fits
+
+
+def _prompt_tokens(row: dict[str, Any], tokenizer: Any) -> int:
+    return len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))

@@ -1,0 +1,208 @@
+"""A run as the plan sees it: the numbers of a resolved config that decide on memory and time, and what is illegal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rapo_verl.plan.model import ModelShape
+
+
+@dataclass(frozen=True)
+class Job:
+    """Layout, batch and rollout of a run. Sizes in GPUs, tokens, prompts or bytes as named."""
+
+    backend: str  # "megatron", or "fsdp2"
+    gpus: int
+    gpus_per_node: int
+    tensor: int
+    pipeline: int
+    context: int  # Megatron's context parallel; FSDP: Ulysses
+    sequence_parallel: bool
+    distributed_optimizer: bool
+    recompute_layers: int | None  # layers recomputed as one block; None: every activation is kept
+    weight_bytes: int  # of a parameter as the forward pass reads it
+    micro_tokens: int  # of a micro-batch on one rank, as the update and the log-prob passes are cut
+    entropy: bool  # whether the update differentiates the entropy
+    reference: bool
+    param_offload: bool
+    optimizer_offload: bool
+    reference_offload: bool
+    prompts: int  # per step
+    responses: int  # per prompt
+    mini_batch: int  # prompts
+    prompt_tokens: int  # limits
+    response_tokens: int
+    rollout_tensor: int
+    utilization: float
+    max_num_seqs: int
+    max_model_len: int
+    steps: int
+    checkpoints: int  # kept
+    hf_model: bool
+
+    @property
+    def data(self) -> int:
+        """Data-parallel ranks (at least 1, so that an illegal layout can still be described)."""
+        return max(self.gpus // (self.tensor * self.pipeline * self.context), 1)
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of the longest prompt and response."""
+        return self.prompt_tokens + self.response_tokens
+
+
+def job_of(config: DictConfig, *, gpus: int | None = None) -> Job:
+    """Return the job of a resolved run config, on ``gpus`` GPUs instead of its own number if given."""
+    group, trainer = config.actor_rollout_ref, config.trainer
+    actor, rollout = group.actor, group.rollout
+    megatron = actor.strategy == "megatron"
+    engine = actor.megatron if megatron else actor.fsdp_config
+    reference_engine = group.ref.megatron if megatron else group.ref.fsdp_config
+    mixed = OmegaConf.select(engine, "mixed_precision.param_dtype")
+    total = gpus or trainer.nnodes * trainer.n_gpus_per_node
+    return Job(
+        backend=actor.strategy,
+        gpus=total,
+        gpus_per_node=min(trainer.n_gpus_per_node, total),
+        tensor=engine.tensor_model_parallel_size if megatron else 1,
+        pipeline=engine.pipeline_model_parallel_size if megatron else 1,
+        context=engine.context_parallel_size if megatron else actor.ulysses_sequence_parallel_size,
+        sequence_parallel=bool(megatron and engine.sequence_parallel),
+        distributed_optimizer=not megatron or engine.use_distributed_optimizer,
+        recompute_layers=_recompute(config, engine, megatron),
+        weight_bytes=4 if mixed == "fp32" else 2,
+        micro_tokens=_micro_tokens(config),
+        entropy=actor.entropy_coeff != 0 or actor.calculate_entropy,
+        reference=actor.use_kl_loss,
+        param_offload=engine.param_offload,
+        optimizer_offload=engine.optimizer_offload,
+        # FSDP: transformer_impl.py:459 of veRL 0.9.1 keeps every forward-only model in host memory.
+        reference_offload=reference_engine.param_offload if megatron else True,
+        prompts=config.data.train_batch_size,
+        responses=rollout.n,
+        mini_batch=actor.ppo_mini_batch_size,
+        prompt_tokens=config.data.max_prompt_length,
+        response_tokens=config.data.max_response_length,
+        rollout_tensor=rollout.tensor_model_parallel_size,
+        utilization=rollout.gpu_memory_utilization,
+        max_num_seqs=rollout.max_num_seqs,
+        max_model_len=rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length,
+        steps=trainer.total_training_steps or 0,
+        checkpoints=trainer.max_actor_ckpt_to_keep or 0,
+        hf_model="hf_model" in actor.checkpoint.save_contents,
+    )
+
+
+def _recompute(config: DictConfig, engine: Any, megatron: bool) -> int | None:
+    if not megatron:
+        return 1 if config.actor_rollout_ref.model.enable_gradient_checkpointing else None
+    transformer = engine.override_transformer_config
+    return (transformer.recompute_num_layers or 1) if transformer.recompute_granularity == "full" else None
+
+
+def _micro_tokens(config: DictConfig) -> int:
+    group = config.actor_rollout_ref
+    if group.actor.use_dynamic_bsz:
+        return max(
+            group.actor.ppo_max_token_len_per_gpu,
+            group.rollout.log_prob_max_token_len_per_gpu,
+            group.ref.log_prob_max_token_len_per_gpu,
+        )
+    sequences = max(
+        group.actor.ppo_micro_batch_size_per_gpu or 1,
+        group.rollout.log_prob_micro_batch_size_per_gpu or 1,
+        group.ref.log_prob_micro_batch_size_per_gpu or 1,
+    )
+    return sequences * (config.data.max_prompt_length + config.data.max_response_length)
+
+
+def _nearest(value: int, legal: Callable[[int], bool], limit: int) -> str:
+    """Return the legal number of 1..limit nearest to ``value`` as a hint; of two equally near ones the smaller."""
+    candidates = [n for n in range(1, limit + 1) if legal(n)]
+    return f"nearest legal: {min(candidates, key=lambda n: (abs(n - value), n))}" if candidates else "none is legal"
+
+
+def violations(job: Job, shape: ModelShape) -> list[str]:
+    """Return every way in which the layout cannot run, each with the nearest legal value.
+
+    Sources: megatron-core 0.16 transformer_config.py (heads, KV heads, layers), veRL 0.9.1 engine_workers.py:268
+    (mini-batch by data parallel) and :666 (GPUs by rollout TP), seqlen_balancing.py (a micro-batch holds a sequence).
+    """
+    checks = [*_layout_checks(job, shape), *_batch_checks(job)]
+    return [message for legal, message in checks if not legal]
+
+
+def _layout_checks(job: Job, shape: ModelShape) -> list[tuple[bool, str]]:
+    size = job.tensor * job.pipeline * job.context
+
+    def tensor_legal(n: int) -> bool:
+        kv = shape.kv_heads % n == 0 or n % shape.kv_heads == 0
+        return kv and shape.heads % n == 0 and shape.ffn % n == 0 and shape.vocab % n == 0
+
+    def divides(total: int) -> Callable[[int], bool]:
+        return lambda n: total % n == 0
+
+    return [
+        (
+            job.gpus % size == 0,
+            f"{job.gpus} GPUs do not divide by TP x PP x CP = {size}; "
+            f"{_nearest(job.gpus, lambda n: n % size == 0, job.gpus + size)} GPUs",
+        ),
+        (
+            tensor_legal(job.tensor),
+            f"tensor_model_parallel_size {job.tensor} does not divide heads ({shape.heads}), KV heads "
+            f"({shape.kv_heads}; or is no multiple of them), feed-forward ({shape.ffn}) and vocabulary "
+            f"({shape.vocab}); {_nearest(job.tensor, tensor_legal, shape.heads)}",
+        ),
+        (
+            shape.layers % job.pipeline == 0,
+            f"pipeline_model_parallel_size {job.pipeline} does not divide {shape.layers} layers; "
+            f"{_nearest(job.pipeline, divides(shape.layers), shape.layers)}",
+        ),
+        (
+            job.backend == "megatron" or shape.heads % job.context == 0,
+            f"ulysses_sequence_parallel_size {job.context} does not divide {shape.heads} heads; "
+            f"{_nearest(job.context, divides(shape.heads), shape.heads)}",
+        ),
+        (
+            job.gpus % job.rollout_tensor == 0 and shape.heads % job.rollout_tensor == 0,
+            f"rollout.tensor_model_parallel_size {job.rollout_tensor} does not divide {job.gpus} GPUs and "
+            f"{shape.heads} heads; "
+            f"{_nearest(job.rollout_tensor, lambda n: job.gpus % n == 0 and shape.heads % n == 0, job.gpus)}",
+        ),
+    ]
+
+
+def _batch_checks(job: Job) -> list[tuple[bool, str]]:
+    mini, tokens = job.mini_batch * job.responses, job.micro_tokens * job.context
+
+    def mini_legal(n: int) -> bool:
+        return n * job.responses % job.data == 0
+
+    return [
+        (
+            mini_legal(job.mini_batch),
+            f"ppo_mini_batch_size {job.mini_batch} x n {job.responses} = {mini} does not divide by {job.data} "
+            f"data-parallel ranks; {_nearest(job.mini_batch, mini_legal, job.mini_batch + job.data)}",
+        ),
+        (
+            job.prompts % job.mini_batch == 0,
+            f"train_batch_size {job.prompts} does not divide by ppo_mini_batch_size {job.mini_batch}: the rest of each "
+            f"batch is left out; {_nearest(job.mini_batch, lambda n: job.prompts % n == 0, job.prompts)}",
+        ),
+        (
+            tokens >= job.sequence,
+            f"a micro-batch holds {tokens} tokens, fewer than one prompt and response ({job.sequence}); "
+            f"nearest legal: *_max_token_len_per_gpu={-(-job.sequence // job.context)}",
+        ),
+        (
+            job.max_model_len >= job.sequence,
+            f"rollout.max_model_len {job.max_model_len} is below prompt and response; nearest legal: {job.sequence}",
+        ),
+        (
+            0 < job.utilization < 1,
+            f"rollout.gpu_memory_utilization is {job.utilization}; allowed: between 0 and 1",
+        ),
+    ]

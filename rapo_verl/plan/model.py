@@ -1,0 +1,97 @@
+"""The shape of a model and its exact parameter counts, from its config alone: nothing is downloaded or allocated."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The shapes of the published Qwen2.5 models (config.json of Qwen/Qwen2.5-*), so that a plan needs no network:
+# hidden, layers, heads, KV heads, feed-forward, vocabulary, embeddings shared with the head.
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151936, True),
+    "Qwen/Qwen2.5-1.5B": (1536, 28, 12, 2, 8960, 151936, True),
+    "Qwen/Qwen2.5-3B": (2048, 36, 16, 2, 11008, 151936, True),
+    "Qwen/Qwen2.5-7B": (3584, 28, 28, 4, 18944, 152064, False),
+    "Qwen/Qwen2.5-14B": (5120, 48, 40, 8, 13824, 152064, False),
+    "Qwen/Qwen2.5-32B": (5120, 64, 40, 8, 27648, 152064, False),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A dense decoder. Counts are of parameters; ``heads * head_dim`` may differ from ``hidden``."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+    parameters: int  # of the whole model, a shared head counted once
+    layer_parameters: int  # of one layer
+    layer_replicated: int  # of these, what tensor parallel does not split: the norms
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the input embedding, and of the head where it is not shared."""
+        return self.vocab * self.hidden
+
+
+def shape_of(path: str) -> ModelShape:
+    """Return the shape of a published name of PUBLISHED, a checkpoint folder or a hub id.
+
+    Raises:
+        ValueError: no config there, or a model that is no dense decoder with separate q, k and v.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _config(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    layer = {name: count for name, count in counts.items() if name.startswith("model.layers.0.")}
+    if not any("self_attn.q_proj" in name for name in layer):
+        raise ValueError(
+            f"{path}: the plan knows dense decoders laid out as Qwen2's, this is {type(model).__name__}; "
+            "plan it by hand with docs/scaling.md"
+        )
+    return ModelShape(
+        name=path,
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        ffn=config.intermediate_size,
+        vocab=config.vocab_size,
+        tied=config.tie_word_embeddings,
+        parameters=sum(counts.values()),
+        layer_parameters=sum(layer.values()),
+        layer_replicated=sum(count for name, count in layer.items() if "norm" in name),
+    )
+
+
+def _config(path: str) -> Any:
+    from transformers import AutoConfig, Qwen2Config
+
+    if path in PUBLISHED and not Path(path).exists():
+        hidden, layers, heads, kv_heads, ffn, vocab, tied = PUBLISHED[path]
+        return Qwen2Config(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            intermediate_size=ffn,
+            vocab_size=vocab,
+            tie_word_embeddings=tied,
+        )
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no config of the model {path} to be had ({type(error).__name__}); give a checkpoint folder, a hub id, "
+            f"or one of {', '.join(PUBLISHED)}"
+        ) from error

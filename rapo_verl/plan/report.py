@@ -1,0 +1,229 @@
+"""A plan whole: memory, cost, what is illegal, what does not fit, and the nearest layouts that do."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from rapo_verl.plan.cost import GPUS, Assumed, Cost, Gpu, cost
+from rapo_verl.plan.job import Job, job_of, violations
+from rapo_verl.plan.memory import GIB, Memory, memory
+from rapo_verl.plan.model import ModelShape, shape_of
+
+# A plan "fits" with this share of the card to spare: what is assumed above may be off by that much.
+MARGIN = 0.1
+# Steps of rollout.gpu_memory_utilization that the search tries.
+UTILIZATIONS = (0.6, 0.5, 0.4, 0.3)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `rapo plan` says about one run."""
+
+    shape: ModelShape
+    job: Job
+    gpu: Gpu
+    assumed: Assumed
+    memory: Memory
+    cost: Cost
+    problems: list[str]
+    nearest: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is legal and fits every phase with MARGIN to spare."""
+        return not self.problems
+
+
+def plan(config: DictConfig, gpu: Gpu, *, gpus: int | None = None, assumed: Assumed | None = None) -> Plan:
+    """Return the plan of a resolved run config.
+
+    Args:
+        config: as from `rapo_verl.compose.compose_config`.
+        gpu: the card.
+        gpus: number of them instead of the config's.
+        assumed: what the seconds rest on.
+
+    Raises:
+        ValueError: the model's shape is not to be had.
+    """
+    shape, job = shape_of(config.actor_rollout_ref.model.path), job_of(config, gpus=gpus)
+    assumed = assumed or Assumed()
+    asked, illegal = job, violations(job, shape)
+    job = _on_the_gpus(job)
+    held = memory(shape, job, gpu_bytes=gpu.memory_gib * GIB)
+    problems = illegal + misfits(job, held, gpu)
+    nearest = _nearest_fits(shape, asked, gpu) if problems else []
+    price = cost(shape, job, gpu, assumed, kv_tokens=held.kv_tokens)
+    return Plan(shape, job, gpu, assumed, held, price, problems, nearest)
+
+
+def _on_the_gpus(job: Job) -> Job:
+    """Return the job with TP lowered to what its GPUs hold, so that the memory shown is one that could be."""
+    room = job.gpus // (job.pipeline * job.context)
+    if job.tensor <= room or room == 0:
+        return job
+    tensor = 1 << room.bit_length() - 1
+    return replace(job, tensor=tensor, sequence_parallel=tensor > 1)
+
+
+def show_plan(
+    config: DictConfig, *, gpu: str = "h100", gpus: int | None = None, response: int = 1000, as_json: bool = False
+) -> bool:
+    """Print the plan of a config as tables or JSON and return whether it fits.
+
+    Raises:
+        ValueError: an unknown card, or a model whose shape is not to be had.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"unknown gpu {gpu!r}; allowed: {', '.join(GPUS)}")
+    made = plan(config, GPUS[gpu], gpus=gpus, assumed=Assumed(response=response))
+    if as_json:
+        print(json.dumps({**asdict(made), "fits": made.fits, "step_seconds": made.cost.step}, indent=1))
+    else:
+        print_plan(made, Console())
+    return made.fits
+
+
+def misfits(job: Job, held: Memory, gpu: Gpu) -> list[str]:
+    """Return each phase that passes the card's memory less MARGIN, with its largest part."""
+    limit = gpu.memory_gib * (1 - MARGIN)
+    parts = {
+        "optimizer states": held.optimizer,
+        "logits": held.head,
+        "gradients": held.gradients,
+        "weights": held.weights,
+        "activations": held.activations,
+        "reference": 0 if job.reference_offload else held.reference,
+    }
+    found = []
+    for phase, size in (("update", held.update), ("log-prob passes", held.log_prob), ("rollout", held.rollout)):
+        if size / GIB > limit:
+            if phase == "rollout":
+                vllm = job.utilization * gpu.memory_gib
+                name = (
+                    f"vLLM's {vllm:.1f} GiB (gpu_memory_utilization) beside {size / GIB - vllm:.1f} GiB of the trainer"
+                )
+            else:
+                name = "most of it " + max(parts, key=lambda part: parts[part])
+            found.append(
+                f"{phase}: {size / GIB:.1f} GiB on a card of {gpu.memory_gib:.1f} GiB ({limit:.1f} with "
+                f"{MARGIN:.0%} to spare): {name}"
+            )
+    if held.kv_tokens < job.max_model_len:
+        found.append(
+            f"rollout: {held.kv_tokens} tokens of KV cache, fewer than one sequence of {job.max_model_len}; raise "
+            "rollout.gpu_memory_utilization or rollout.tensor_model_parallel_size"
+        )
+    return found
+
+
+def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, list[str]]]:
+    """Yield legal variants on a number of GPUs with their changed keys, few and mild changes first."""
+    tensors = (2**i for i in range(4)) if job.backend == "megatron" else (job.tensor,)
+    offloads = ((False, False), (False, True), (True, True))
+    micro = {job.micro_tokens, -(-job.sequence // job.context)}
+    rollouts = sorted({job.rollout_tensor, 2, 4})
+    utilizations = sorted({job.utilization, *UTILIZATIONS}, reverse=True)
+    options = itertools.product(tensors, offloads, micro, utilizations, rollouts)
+    engine = "actor.megatron" if job.backend == "megatron" else "actor.fsdp_config"
+    found = []
+    for tensor, (params, optimizer), tokens, utilization, rollout in options:
+        variant = replace(
+            job,
+            gpus=gpus,
+            gpus_per_node=min(job.gpus_per_node, gpus) if gpus < 8 else 8,
+            tensor=tensor,
+            sequence_parallel=tensor > 1,
+            param_offload=params,
+            optimizer_offload=optimizer,
+            reference_offload=job.reference_offload or params,
+            micro_tokens=tokens,
+            utilization=utilization,
+            rollout_tensor=rollout,
+        )
+        changes = [
+            f"{key}={new}"
+            for key, old, new in (
+                (f"{engine}.tensor_model_parallel_size", job.tensor, tensor),
+                (f"{engine}.optimizer_offload", job.optimizer_offload, optimizer),
+                (f"{engine}.param_offload", job.param_offload, params),
+                ("actor.ppo_max_token_len_per_gpu", job.micro_tokens, tokens),
+                ("rollout.gpu_memory_utilization", job.utilization, utilization),
+                ("rollout.tensor_model_parallel_size", job.rollout_tensor, rollout),
+            )
+            if old != new
+        ]
+        if not violations(variant, shape):
+            found.append(
+                (params + optimizer, len(changes), abs(job.utilization - utilization), tensor, variant, changes)
+            )
+    for *_, variant, changes in sorted(found, key=lambda row: row[:4]):
+        yield variant, changes
+
+
+def _nearest_fits(shape: ModelShape, job: Job, gpu: Gpu) -> list[str]:
+    """Return the mildest change that fits on the same GPUs, and the fewest GPUs that fit without offload."""
+    hints = []
+    for gpus in dict.fromkeys((job.gpus, *(2**i for i in range(11) if 2**i > job.gpus))):
+        same = gpus == job.gpus
+        for variant, changes in _variants(job, shape, gpus):
+            offloads = variant.param_offload or variant.optimizer_offload
+            held = memory(shape, variant, gpu_bytes=gpu.memory_gib * GIB)
+            if misfits(variant, held, gpu) or (offloads and not same):
+                continue
+            phase, peak = held.peak
+            host = f", {held.host_per_node / GIB:.0f} GiB of host memory a node" if offloads else ""
+            keys = ", ".join(f"actor_rollout_ref.{change}" for change in changes) or "no other change"
+            hints.append(f"{gpus} GPUs: {keys} (peak {peak / GIB:.1f} GiB in {phase}{host})")
+            if not offloads:
+                return hints
+            break
+    return hints or ["no layout of up to 1024 GPUs fits"]
+
+
+def print_plan(made: Plan, console: Console) -> None:
+    """Print the plan as tables, what is wrong and what would do last."""
+    job, held, price, shape = made.job, made.memory, made.cost, made.shape
+    console.print(
+        f"[bold]{shape.name}[/bold] {shape.parameters:,} parameters, {job.backend} on {job.gpus} GPUs of "
+        f"{made.gpu.memory_gib} GiB: TP {job.tensor} x PP {job.pipeline} x CP {job.context} x DP {job.data}, "
+        f"rollout TP {job.rollout_tensor} x {max(job.gpus // job.rollout_tensor, 1)} replicas"
+    )
+    table = Table("GiB per GPU", "", title="memory of the fullest rank", title_justify="left")
+    rows = ("weights", "gradients", "optimizer", "reference", "activations", "head")
+    offloaded = {"weights": job.param_offload, "optimizer": job.optimizer_offload, "reference": job.reference_offload}
+    for name in rows:
+        note = " (in host memory when not used)" if offloaded.get(name) else ""
+        table.add_row(name + note, f"{getattr(held, name) / GIB:.1f}")
+    table.add_section()
+    for name in ("update", "log_prob", "rollout"):
+        size = getattr(held, name) / GIB
+        table.add_row(f"peak in {name}", f"{size:.1f} ({size / made.gpu.memory_gib:.0%})")
+    table.add_row("KV cache of a replica's GPU", f"{held.kv_cache / GIB:.1f} ({held.kv_tokens:,} tokens)")
+    table.add_row("host memory per node", f"{held.host_per_node / GIB:.0f}")
+    console.print(table)
+    table = Table("a step", "", title="cost (estimated, not measured)", title_justify="left")
+    table.add_row(
+        "responses, tokens", f"{price.responses:,}, {price.tokens / 1e6:.1f} M at {price.tokens / price.responses:.0f}"
+    )
+    table.add_row("FLOPs: a forward pass, the update", f"{price.forward_flops:.2e}, {price.update_flops:.2e}")
+    for name in ("generation", "old_log_prob", "reference", "update", "step"):
+        table.add_row(f"{name}, seconds", f"{getattr(price, name):.0f}")
+    table.add_row(f"{job.steps} steps, hours", f"{job.steps * price.step / 3600:.1f}")
+    table.add_row("a checkpoint, disk for all kept", f"{price.checkpoint / GIB:.0f} GiB, {price.disk / GIB:.0f} GiB")
+    console.print(table)
+    console.print(
+        "not measured but assumed: context, NCCL, sleeping vLLM, fragmentation, gathered FSDP layers (docs/scaling.md)"
+    )
+    if made.fits:
+        console.print(f"fits, with more than {MARGIN:.0%} of the card to spare")
+        return
+    for title, lines in (("does not fit:", made.problems), ("nearest that does:", made.nearest)):
+        console.print(f"[bold]{title}[/bold]")
+        for line in lines:
+            console.print(f"- {line}", highlight=False)

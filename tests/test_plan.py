@@ -1,0 +1,326 @@
+"""The plan's arithmetic: exact counts, hand-made values, and what of its memory model a CPU can measure."""
+
+import json
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from torch.distributed import destroy_process_group, init_process_group
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from typer.testing import CliRunner
+
+from rapo_verl.cli import app
+from rapo_verl.compose import compose_config
+from rapo_verl.plan.cost import GPUS, Assumed, cost, forward_flops
+from rapo_verl.plan.job import job_of, violations
+from rapo_verl.plan.memory import GIB, HEAD, activations, kv_bytes, layer_activation, memory, rank_parameters
+from rapo_verl.plan.model import PUBLISHED, shape_of
+from rapo_verl.plan.report import MARGIN, plan
+
+H100 = GPUS["h100"]
+
+
+@pytest.fixture(scope="module", name="config")
+def recipe():
+    return compose_config(["experiment=qwen2.5_7b_rapo"])
+
+
+@pytest.fixture(scope="module", name="job")
+def recipe_job(config):
+    return job_of(config)
+
+
+@pytest.fixture(scope="module", name="shape")
+def qwen_7b():
+    return shape_of("Qwen/Qwen2.5-7B")
+
+
+# --- parameters ---
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # as the published checkpoints hold
+        ("Qwen/Qwen2.5-0.5B", 494_032_768),
+        ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen/Qwen2.5-3B", 3_085_938_688),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
+        ("Qwen/Qwen2.5-14B", 14_770_033_664),
+        ("Qwen/Qwen2.5-32B", 32_763_876_352),
+    ],
+)
+def test_published_shape_has_the_published_number_of_parameters(name, parameters):
+    assert name in PUBLISHED and shape_of(name).parameters == parameters
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B"])
+def test_ranks_together_hold_every_parameter_once_but_what_is_replicated(name):
+    shape = shape_of(name)
+    assert rank_parameters(shape) == shape.parameters
+    norms = shape.layers * shape.layer_replicated + shape.hidden
+    assert 2 * rank_parameters(shape, tensor=2) - norms == shape.parameters
+    stages = [rank_parameters(shape, tensor=2, pipeline=4, stage=stage) for stage in range(4)]
+    copy = shape.embedding if shape.tied else 0  # a shared head lives on the last stage too
+    assert 2 * sum(stages) - norms == shape.parameters + copy
+    assert shape.layer_replicated == 2 * shape.hidden
+
+
+def test_kv_heads_are_repeated_beyond_their_number():
+    shape = shape_of("Qwen/Qwen2.5-3B")  # 2 KV heads
+    more = 4 * rank_parameters(shape, tensor=4) - (shape.parameters + 3 * (shape.layers * 2 + 1) * shape.hidden)
+    assert more == shape.layers * 2 * 2 * 128 * (2048 + 1)  # k and v of 2 more heads of 128, weight and bias
+
+
+def test_unknown_model_is_refused_with_what_to_give():
+    with pytest.raises(ValueError, match="give a checkpoint folder"):
+        shape_of("/no/such/model")
+
+
+# --- memory ---
+
+
+def test_states_of_the_7b_recipe_are_counted_by_hand(shape, job):
+    held = memory(shape, job, gpu_bytes=80 * GIB)
+    count = rank_parameters(shape, tensor=4)
+    assert (job.tensor, job.data) == (4, 4)
+    assert held.weights == 2 * count and held.gradients == 4 * count and held.reference == 2 * count
+    assert held.optimizer == 12 * count / 4
+    assert held.head == 4 * 4 * 16384 * 152064 / 4
+    # 28 layers' inputs of 3584 in bf16, split four ways by sequence parallel, and one layer in full twice.
+    assert held.activations == 28 * 16384 * 3584 * 2 / 4 + 2 * 16384 * layer_activation(shape, job)
+    assert layer_activation(shape, job) == (4 * 3584 * 2 + (2 * 3584 + 2 * 512 + 3 * 18944) * 2 + 4 * 28) / 4
+    assert held.peak[0] == "rollout"
+
+
+def test_kv_cache_of_a_token_is_counted_by_hand(shape, job):
+    assert kv_bytes(shape, job) == 2 * 28 * 4 * 128 * 2
+    assert kv_bytes(shape, replace(job, rollout_tensor=8)) == 2 * 28 * 1 * 128 * 2
+
+
+def test_offload_moves_bytes_to_the_host_and_spares_the_rollout(shape, job):
+    here, there = (
+        memory(shape, replace(job, param_offload=off, optimizer_offload=off, reference_offload=off), gpu_bytes=80 * GIB)
+        for off in (False, True)
+    )
+    assert there.host_per_node == 8 * (here.weights + here.optimizer + here.reference)
+    assert here.rollout - there.rollout == here.weights + here.gradients + here.optimizer + here.reference
+    assert here.update > there.update  # by the reference alone: all else is needed there
+    assert here.update - there.update == pytest.approx(1.05 * here.reference)
+
+
+def test_pipeline_keeps_micro_batches_in_flight_on_the_first_stage(shape, job):
+    piped = replace(job, pipeline=4)
+    first, last = (activations(shape, piped, stage=stage) for stage in (0, 3))
+    block = 2 * 16384 * layer_activation(shape, job)
+    assert first - block == 4 * (last - block)
+
+
+def test_more_of_anything_never_needs_less(shape, job):
+    update = memory(shape, job, gpu_bytes=80 * GIB).update
+    for change in (
+        {"micro_tokens": 20000}, {"recompute_layers": None}, {"recompute_layers": 4}, {"gpus": 8}, {"tensor": 2},
+        {"sequence_parallel": False}, {"distributed_optimizer": False},
+    ):  # fmt: skip
+        assert memory(shape, replace(job, **change), gpu_bytes=80 * GIB).update > update, change
+
+
+class LivePeak(TorchDispatchMode):
+    """Counts the bytes of the tensors alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.see, out)
+        return out
+
+    def see(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive:
+            self.alive[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, storage._cdata)
+
+    def gone(self, key):
+        self.now -= self.alive.pop(key)
+
+
+TOKENS, VOCABULARY, HIDDEN = 256, 4096, 16
+
+
+def measured_head(backend, *, entropy, backward):
+    """Return the peak of what verl's engines do with the logits, in units of one fp32 [tokens, vocabulary]."""
+    from verl.utils import torch_functional
+    from verl.utils.megatron.tensor_parallel import vocab_parallel_entropy, vocab_parallel_log_probs_from_logits
+
+    hidden = torch.randn(1, TOKENS, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(VOCABULARY, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    label = torch.randint(0, VOCABULARY, (1, TOKENS))
+    with LivePeak() as live, torch.set_grad_enabled(backward):
+        logits = torch.nn.functional.linear(hidden, weight)
+        if backend == "megatron":  # megatron/transformer_impl.py:1195 of verl 0.9.1, _lm_head_logits_processor
+            logits = logits.float().div_(torch.full((1, TOKENS, 1), 0.9))
+            kept = logits.clone() if entropy else logits
+            total = vocab_parallel_entropy(logits).sum() if entropy else 0.0
+            total = total + vocab_parallel_log_probs_from_logits(kept, label).sum()
+            del kept
+        else:  # fsdp/transformer_impl.py:1414, the entropy alone: flash-attn's cross-entropy is no CPU code
+            total = torch.utils.checkpoint.checkpoint(
+                torch_functional.entropy_from_logits_with_chunking, logits[0], TOKENS // 5, use_reentrant=False
+            ).sum()
+        del logits
+        if backward:
+            total.backward()
+    return live.peak / (4 * TOKENS * VOCABULARY)
+
+
+def test_head_multiples_are_what_verls_functions_take(tmp_path, monkeypatch):
+    pytest.importorskip("megatron.core")
+    from megatron.core import parallel_state
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda function: function)
+    init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        # Weight, hidden states and their gradients are 0.02 units here and nothing at Qwen's size.
+        with_entropy, without, forward = HEAD["megatron"]
+        assert measured_head("megatron", entropy=True, backward=True) == pytest.approx(with_entropy, abs=0.05)
+        assert measured_head("megatron", entropy=False, backward=True) == pytest.approx(without, abs=0.05)
+        assert measured_head("megatron", entropy=True, backward=False) == pytest.approx(forward, abs=0.05)
+        # Measured without the log-probs, whose gradient is one more bf16 tensor: half a unit.
+        entropy_alone = measured_head("fsdp2", entropy=True, backward=True)
+        assert entropy_alone + 0.5 == pytest.approx(HEAD["fsdp2"][0], abs=0.3)
+    finally:
+        parallel_state.destroy_model_parallel()
+        destroy_process_group()
+
+
+def test_gradient_checkpointing_keeps_the_input_of_each_layer(job):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    layers, hidden, tokens = 6, 32, 40
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=hidden, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    kept = {}
+
+    def pack(tensor):
+        if tensor.dim() == 3 and tensor.shape[1:] == (tokens, hidden):
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+    assert out.last_hidden_state.requires_grad
+    # Beside the layers' inputs: the last layer's output and what the final norm keeps of it.
+    boundaries = layers * tokens * hidden * 4
+    assert boundaries <= sum(kept.values()) <= boundaries + 4 * tokens * hidden * 4
+    small = replace(job, weight_bytes=4, sequence_parallel=False, tensor=1, pipeline=1, micro_tokens=tokens)
+    shape = replace(shape_of("Qwen/Qwen2.5-0.5B"), hidden=hidden, layers=layers)
+    block = 2 * tokens * layer_activation(shape, small)
+    assert activations(shape, small, stage=0) - block == boundaries
+
+
+# --- cost ---
+
+
+def test_forward_flops_are_two_per_parameter_and_token_and_attention(shape):
+    matrices = shape.parameters - shape.embedding - (shape.layers * 2 + 1) * shape.hidden  # embedding and norms aside
+    # Biases are counted with the matrices: below a ten-thousandth.
+    assert forward_flops(shape, 1000, 0) == pytest.approx(2 * 1000 * matrices, rel=1e-4)
+    assert forward_flops(shape, 10, 100) - forward_flops(shape, 10, 0) == 10 * 2 * 28 * 3584 * 100
+
+
+def test_cost_follows_the_recipe(shape, job):
+    price = cost(shape, job, H100, Assumed(), kv_tokens=500_000)
+    assert price.responses == 8192 and price.tokens == 8192 * 1200
+    assert price.update_flops == 4 * price.forward_flops  # forward, twice that backward, once more recomputed
+    kept = cost(shape, replace(job, recompute_layers=None), H100, Assumed(), kv_tokens=500_000)
+    assert kept.update_flops == 3 * price.forward_flops
+    assert price.checkpoint == 14 * shape.parameters and price.disk == 4 * price.checkpoint
+    # No faster than one response of the limit, which reads 15 GB of weights 8192 times.
+    assert price.generation >= 8192 * 2 * shape.parameters / (3.35e12 * 0.6)
+    half = cost(shape, replace(job, gpus=8), H100, Assumed(), kv_tokens=500_000)
+    assert half.update == 2 * price.update and half.old_log_prob == 2 * price.old_log_prob
+
+
+# --- what is illegal, and what fits ---
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"gpus": 6}, "nearest legal: 4 GPUs"),
+        ({"tensor": 3}, "tensor_model_parallel_size 3"),
+        ({"tensor": 8}, "nearest legal: 4"),
+        ({"pipeline": 3, "gpus": 24}, "does not divide 28 layers; nearest legal: 2"),
+        ({"mini_batch": 100, "prompts": 100, "gpus": 12 * 4, "responses": 1}, "nearest legal: 96"),
+        ({"mini_batch": 300}, "nearest legal: 256"),
+        ({"micro_tokens": 9000}, "nearest legal: *_max_token_len_per_gpu=9216"),
+        ({"rollout_tensor": 3}, "rollout.tensor_model_parallel_size 3"),
+        ({"max_model_len": 4096}, "nearest legal: 9216"),
+        ({"utilization": 1.2}, "between 0 and 1"),
+        ({"backend": "fsdp2", "tensor": 1, "context": 3, "gpus": 12}, "nearest legal: 2"),
+    ],
+)
+def test_each_violation_names_the_nearest_legal_value(shape, job, change, said):
+    assert violations(job, shape) == []
+    assert any(said in line for line in violations(replace(job, **change), shape))
+
+
+def test_context_parallel_counts_towards_the_tokens_of_a_micro_batch(shape, job):
+    assert violations(replace(job, micro_tokens=4608, context=2), shape) == []
+
+
+def test_7b_on_16_cards_of_80_gib_fits_with_a_margin(config):
+    made = plan(config, H100, gpus=16)
+    assert made.fits and made.nearest == []
+    assert max(made.memory.update, made.memory.rollout) < (1 - MARGIN) * H100.memory_gib * GIB
+
+
+def test_7b_on_2_cards_says_what_breaks_and_its_hint_fits(config):
+    made = plan(config, H100, gpus=2)
+    assert not made.fits
+    assert any("nearest legal: 4 GPUs" in line for line in made.problems)
+    assert any("update" in line and "optimizer states" in line for line in made.problems)
+    (hint,) = made.nearest
+    count, _, rest = hint.partition(" GPUs: ")
+    changes = [part for part in rest.partition(" (")[0].split(", ") if "=" in part]
+    mended = plan(compose_config(["experiment=qwen2.5_7b_rapo", *changes]), H100, gpus=int(count))
+    assert mended.fits, mended.problems
+
+
+def test_hint_stays_on_the_same_cards_where_offload_is_enough(config):
+    made = plan(config, GPUS["a100-40"], gpus=8)
+    assert not made.fits
+    first, *others = made.nearest
+    assert first.startswith("8 GPUs: ") and "_offload=True" in first and "host memory" in first
+    assert len(others) == 1 and others[0].startswith("16 GPUs: ") and "offload" not in others[0]
+    fewer = config.copy()
+    for key, value in (part.split("=") for part in first.partition(": ")[2].partition(" (")[0].split(", ")):
+        OmegaConf.update(fewer, key, yaml.safe_load(value))
+    fewer.actor_rollout_ref.ref.megatron.param_offload = fewer.actor_rollout_ref.actor.megatron.param_offload
+    tokens = fewer.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
+    fewer.actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu = tokens  # veRL's config follows by interpolation
+    fewer.actor_rollout_ref.ref.log_prob_max_token_len_per_gpu = tokens
+    assert plan(fewer, GPUS["a100-40"], gpus=8).fits
+
+
+def test_cli_prints_json_and_exits_by_whether_it_fits():
+    runner = CliRunner()
+    done = runner.invoke(app, ["plan", "qwen2.5_7b_rapo", "--gpus", "16", "--json"])
+    said = json.loads(done.stdout)
+    assert done.exit_code == 0 and said["fits"] and said["job"]["gpus"] == 16
+    assert runner.invoke(app, ["plan", "qwen2.5_7b_rapo", "--gpus", "2"]).exit_code == 1
+    assert runner.invoke(app, ["plan", "qwen2.5_7b_rapo", "--gpu", "tpu"]).exit_code == 2
+    assert runner.invoke(app, ["plan", "no_such_recipe"]).exit_code == 2
