@@ -131,7 +131,7 @@ def render_html(
         ],
         smoothing=plots.running_mean_width(longest) if longest >= plots.SMOOTH_FROM else 0,
         samples=samples,
-        blocks=[range(i, min(i + BLOCK, summary["problems"])) for i in range(0, summary["problems"], BLOCK)],
+        blocks=_blocks(summary),
         percent=f"{100 * summary['bootstrap']['level']:g} %",
     )
 
@@ -171,6 +171,13 @@ def _cell(summary: Mapping[str, Any], scope: Mapping[str, Any], k: int) -> str:
     if scope["exact"] is not None:
         lines.append(f"= {_prob(scope['exact'][i])}")
     return "\n".join(lines) or "-"
+
+
+def _blocks(summary: Mapping[str, Any]) -> list[list[int]]:
+    """Return the problems as the matrix shows them: those that the base solves most often first, BLOCK a line."""
+    base = [model["name"] for model in summary["models"]].index(summary["base"])
+    order = sorted(range(summary["problems"]), key=lambda i: -summary["matrix"][i]["cells"][base]["correct"])
+    return [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)]
 
 
 def _data_uri(figure: Figure) -> str:

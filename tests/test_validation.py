@@ -1,6 +1,8 @@
 """pass@k during training: unbiased where veRL's own best@N is not, through veRL's own validation."""
 
 import inspect
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from verl.trainer.ppo.metric_utils import process_validation_metrics
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
+from rapo_verl.launch import read_metrics
 from rapo_verl.passk import pass_at_k
 from rapo_verl.trainer import RapoTrainerSync
 from rapo_verl.validation import validation_pass_at_k
@@ -61,3 +64,22 @@ def test_verl_validation_still_ends_in_the_method_we_override():
     assert "return self._val_metrics_update(" in inspect.getsource(PPOTrainer._validate)
     parameters = list(inspect.signature(PPOTrainer._val_metrics_update).parameters)
     assert parameters[:4] == ["self", "data_sources", "sample_uids", "reward_extra_infos_dict"]
+
+
+@pytest.mark.slow
+def test_validation_of_a_real_run_logs_pass_at_k(toy_dir, tmp_path):
+    command = [
+        sys.executable, "-m", "rapo_verl.cli", "train", "experiment=toy_rapo_cpu", f"toy_dir={toy_dir}",
+        f"run_dir={tmp_path}", "trainer.total_training_steps=1", "trainer.test_freq=1", "data.train_batch_size=8",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.n=4",
+        "actor_rollout_ref.rollout.val_kwargs.n=8", "actor_rollout_ref.rollout.val_kwargs.do_sample=true",
+        "actor_rollout_ref.rollout.val_kwargs.temperature=1.0",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = {key: value for step in read_metrics(tmp_path) for key, value in step.items()}
+    ours = {int(key.split("/")[-1]): value for key, value in metrics.items() if key.startswith("val/pass@k/eval/")}
+    assert list(ours) == [1, 2, 4, 8]
+    assert sorted(ours.values()) == list(ours.values())
+    # The one statistic on which resampling and the unbiased estimate agree.
+    assert ours[1] == pytest.approx(metrics["val-core/eval/acc/mean@8"])

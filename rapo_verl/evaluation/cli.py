@@ -81,10 +81,10 @@ def eval_generate(
         if ray is not None:
             import ray as cluster
 
-            cluster.init(address="auto" if ray == "auto" else None, log_to_driver=False)
+            cluster.init(address="auto" if ray == "auto" else "local", log_to_driver=False)
         fleet = LocalFleet(spec) if ray is None else RayFleet(spec, engines=engines)
         damaged = generate_draws([sampled], fleet, label=out.name)
-    except PlanError as error:
+    except (PlanError, ConnectionError) as error:
         raise _refuse(error) from error
     except GenerationError as error:
         print(f"rapo eval: {error}", file=sys.stderr)

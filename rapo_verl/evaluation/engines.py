@@ -11,6 +11,7 @@ import psutil
 
 from rapo_verl.evaluation.generate import Engine, EngineLostError, Request
 from rapo_verl.evaluation.guard import guard
+from rapo_verl.evaluation.plan import PlanError
 from rapo_verl.evaluation.store import Samples
 
 logger = logging.getLogger(__name__)
@@ -188,26 +189,41 @@ class RayEngine:
 class RayFleet:
     """As many engines as the cluster has room for: one per ``tensor_parallel`` GPUs of a node, or a number on CPUs.
 
-    Nodes that join are used at the next look, those that leave take their engines with them.
+    Nodes that join are used at the next look, those that leave take their engines with them. Ray is initialised.
     """
 
     def __init__(self, spec: EngineSpec, *, engines: int = 0):
+        """Take at most ``engines`` engines, 0: as many as fit.
+
+        Raises:
+            PlanError: the cluster has no GPU and no number of engines was given.
+        """
         self.spec = spec
         self.engines = engines
+        self.on_gpus = self._room() > 0
+        if not self.on_gpus and engines < 1:
+            raise PlanError(
+                f"no node of the Ray cluster has {spec.tensor_parallel} GPU(s); wait until one has joined, or give "
+                "--engines N for N engines on processors"
+            )
+
+    def _room(self) -> int:
+        import ray
+
+        gpus = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
+        return sum(int(count) // self.spec.tensor_parallel for count in gpus)
 
     def __call__(self, alive: Sequence[Engine]) -> list[Engine]:
         """Return engines for the room that is left; they start in the background."""
         import ray
 
-        tp = self.spec.tensor_parallel
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = sum(int(node.get("GPU", 0)) // tp for node in nodes)
-        wanted = min(self.engines or room, room) if room else self.engines or 1
-        resources = {"num_gpus": tp} if room else {"num_cpus": 1}
+        room = self._room() if self.on_gpus else self.engines
+        wanted = min(self.engines or room, room)
+        resources = {"num_gpus": self.spec.tensor_parallel} if self.on_gpus else {"num_cpus": 1}
         actor = ray.remote(max_concurrency=1000, **resources)(VllmEngine)
         fresh = [
             RayEngine(
-                actor.options(runtime_env={"env_vars": {} if room else CPU_ENVIRONMENT}).remote(self.spec),
+                actor.options(runtime_env={"env_vars": {} if self.on_gpus else CPU_ENVIRONMENT}).remote(self.spec),
                 self.spec.capacity,
             )
             for _ in range(wanted - len(alive))

@@ -167,7 +167,7 @@ class Store:
         """
         if any(len(column) != job.samples for column in samples):
             raise ShardError(f"asked for {job.samples} samples, got {[len(column) for column in samples]}")
-        columns = [list(range(job.first, job.first + job.samples)), *samples]
+        columns: list[Any] = [list(range(job.first, job.first + job.samples)), *samples]
         digest = hashlib.blake2b(json.dumps(samples.text).encode(), digest_size=16).hexdigest()
         stated = {
             "manifest": self.manifest["sha256"],
