@@ -16,7 +16,7 @@ from rapo_verl.evaluation.store import Samples
 
 logger = logging.getLogger(__name__)
 
-# vLLM's own default for how many samples run at once is above what most cards hold; this is per engine.
+# Samples that run at once in one engine; vLLM queues those for which there is no memory.
 MAX_NUM_SEQS = 256
 # Seeded requests on a processor need whole prompts: see recipe/experiment/cpu.yaml.
 CPU_OPTIONS: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The few samples that stand behind a cell of the coverage matrix, read from at most three shards a problem."""
+"""The few samples that stand behind a cell of the coverage matrix, read from the few shards that hold them."""
 
 from typing import Any
 

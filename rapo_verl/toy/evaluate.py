@@ -36,7 +36,9 @@ def evaluate(models: Mapping[str, Path], toy_dir: Path, out: Path, *, n: int, li
     """
     world, problems = load_problems(toy_dir)
     for key, model in models.items():
-        subject = read_subject(str(model), [toy_dir / EVAL_FILE], Sampling(max_tokens=MAX_RESPONSE_TOKENS), limit=limit)
+        subject = read_subject(
+            str(model), [toy_dir / EVAL_FILE], Sampling(max_tokens=MAX_RESPONSE_TOKENS, logprobs=False), limit=limit
+        )
         draws = [subject.draw(out / key, n=n, draw=SCORED_DRAW)]
         if key == BASE:
             draws.append(subject.draw(out / HARD_FOLDER, n=n, draw=HARD_DRAW))
