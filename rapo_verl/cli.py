@@ -7,11 +7,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from rapo_verl.evaluation.cli import app as evaluation
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 toy = typer.Typer(no_args_is_help=True, help="The toy world: docs/toy.md.")
 app.add_typer(toy, name="toy")
 data = typer.Typer(no_args_is_help=True, help="Problem sets as veRL parquet: docs/data-and-verifier.md.")
 app.add_typer(data, name="data")
+app.add_typer(evaluation, name="eval")
 
 # Exit code for a config, input or environment that a run would fail on; nothing was started.
 REFUSED = 2
@@ -102,7 +105,7 @@ def doctor() -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="folder of the demo")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="of the toy's world and base model")] = 0,
-    n: Annotated[int, typer.Option(help="responses per problem, a multiple of 128")] = 512,
+    n: Annotated[int, typer.Option(help="responses per problem")] = 512,
     problems: Annotated[int, typer.Option(help="held-out problems, a multiple of 12")] = 96,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value for both trainings")] = None,
 ) -> None:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from rapo_verl.summary import TRAINING_METRICS, series
+from rapo_verl.training_curves import TRAINING_METRICS, series
 
 # One colour a role, so that a model looks the same in every figure and table; the rest is Okabe and Ito's palette,
 # which people with any common colour blindness can tell apart.
@@ -68,24 +68,34 @@ def model_colours(roles: Mapping[str, str]) -> dict[str, str]:
 
 
 def passk_figure(summary: Mapping[str, Any], colours: Mapping[str, str], *, narrow: bool = False) -> Figure:
-    """Return pass@k over k on a log2 axis, Full and Hard: sampled lines with bands, enumerated lines dashed beyond n/2.
+    """Return pass@k over k on a log2 axis, Full and Hard, a row for each set of problems.
+
+    Sampled lines with bands; enumerated lines dashed beyond n/2; dotted, what guessing would reach. This is the layout
+    of figure 3 of arXiv 2510.03865. Without a draw that chose Hard there is no Hard.
 
     Args:
         summary: What `rapo_verl.summary.summarise` returns.
         colours: Name to colour.
-        narrow: One panel above the other, for a phone.
+        narrow: One panel below the other, for a phone.
     """
+    whole = {"label": "", "problems": summary["problems"], "hard": len(summary["hard"]["ids"])}
+    rows = summary["sets"] or [whole | {"models": summary["models"]}]
+    scopes = ("full", "hard") if summary["hard"]["n"] else ("full",)
+    draw = "the SAME draw" if summary["hard"]["same_draw"] else "another draw"
     with _style():
-        figure = Figure(figsize=(5.0, 8.2) if narrow else (10.4, 4.7), layout="constrained")
-        axes = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
-        hard = len(summary["hard"]["ids"])
-        titles = (f"Full · {summary['problems']} problems", f"Hard · {hard} problems the base failed in another draw")
-        for axis, scope, words in zip(axes, ("full", "hard"), titles, strict=True):
-            axis.set_title(words)
-            _passk_panel(axis, summary, scope, colours)
-        axes[0].set_ylabel("pass@k")
-        if narrow:
-            axes[1].set_ylabel("pass@k")
+        height = 4.1 * len(rows) * (len(scopes) if narrow else 1) + 0.6
+        columns = 1 if narrow else len(scopes)
+        figure = Figure(figsize=(5.0 if narrow else 5.2 * max(columns, 1.6), height), layout="constrained")
+        axes = figure.subplots(len(rows) * len(scopes) // columns, columns, squeeze=False).ravel()
+        panels = [(row, scope) for row in rows for scope in scopes]
+        for axis, (row, scope) in zip(axes, panels, strict=True):
+            words = f"Full · {row['problems']} problems"
+            if scope == "hard":
+                words = f"Hard · {row['hard']} problems the base failed in {draw}"
+            axis.set_title(f"{row['label']} {words}".strip())
+            _passk_panel(axis, summary, row["models"], scope, colours)
+            if narrow or scope == "full":
+                axis.set_ylabel("pass@k")
         _legend(figure, {m["name"]: m["role"] for m in summary["models"]}, colours, columns=2 if narrow else 5)
     return figure
 
@@ -142,23 +152,31 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _passk_panel(axis: Axes, summary: Mapping[str, Any], scope: str, colours: Mapping[str, str]) -> None:
+def _passk_panel(
+    axis: Axes,
+    summary: Mapping[str, Any],
+    models: Sequence[Mapping[str, Any]],
+    scope: str,
+    colours: Mapping[str, str],
+) -> None:
     """Draw one panel; a scope without problems says so instead."""
     ks, exact_ks = np.array(summary["ks"]), np.array(summary["exact_ks"])
     half, top, any_exact = ks[-1], 0.0, False
-    for model in summary["models"]:
+    for model in models:
         values, colour = model[scope], colours[model["name"]]
         if values["mean"] is not None:
             axis.fill_between(ks, values["low"], values["high"], color=colour, alpha=0.13, linewidth=0)
             marker = ROLE_MARKERS.get(model["role"], "^")
             axis.plot(ks, values["mean"], color=colour, linewidth=1.9, marker=marker, markersize=4.2, zorder=3)
             top = max(top, *values["high"])
+        if values.get("guess") is not None:
+            axis.plot(ks, values["guess"], color=colour, linewidth=1.1, linestyle=":", zorder=2)
         if values["exact"] is not None:
             beyond = exact_ks >= half
             exact = np.array(values["exact"])
             axis.plot(exact_ks[beyond], exact[beyond], color=colour, linewidth=1.5, linestyle=(0, (4, 2.2)), zorder=2)
             top, any_exact = max(top, exact.max()), True
-    if top == 0.0 and all(model[scope]["mean"] is None for model in summary["models"]):
+    if top == 0.0 and all(model[scope]["mean"] is None for model in models):
         axis.text(0.5, 0.5, "no problem in this set", transform=axis.transAxes, ha="center", color=FAINT)
     last = exact_ks[-1] if any_exact else half
     axis.set_xscale("log", base=2)

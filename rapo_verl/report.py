@@ -17,34 +17,48 @@ from rich.table import Table
 from rich.text import Text
 
 from rapo_verl import plots
+from rapo_verl.evaluation import tables
+from rapo_verl.evaluation.responses import Responses
 from rapo_verl.files import write_atomic
 from rapo_verl.results import EvalResult
-from rapo_verl.summary import TRAINING_METRICS, summarise
+from rapo_verl.summary import summarise
+from rapo_verl.training_curves import TRAINING_METRICS
 
 LOGGER = logging.getLogger(__name__)
+# Problems in one line of the coverage matrix.
+BLOCK = 48
 
 
 def write_report(
     out_dir: str | os.PathLike[str],
     *,
     results: Sequence[EvalResult],
-    hard_choice: EvalResult,
+    hard_choice: EvalResult | None,
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     settings: Mapping[str, str],
     title: str,
+    responses: Mapping[str, Responses] | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
+    force_same_draw: bool = False,
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write report.html, summary.json, passk.png, passk.svg and, with curves to draw, training.png; return the summary.
+    """Write the report and return its summary.
+
+    Files: report.html, summary.json, passk.csv, problems.csv, table.tex, passk.png, passk.svg and, with curves to draw,
+    training.png.
 
     Args:
         out_dir: Folder, made if need be. Files of an older report in it are replaced.
         results: One `EvalResult` a model, on the same problems with the same n.
-        hard_choice: An independent draw of the base, by the base's name, used only to choose Hard.
+        hard_choice: An independent draw of the base, by the base's name, used only to choose Hard; None: no Hard.
         histories: For each training run its metric dicts, one a step, with the key "step".
         settings: Configuration, commit, versions, seeds, commands, in the order to show.
         title: Heading of the page.
+        responses: What each model's responses look like (`rapo_verl.evaluation.responses`), where that is known.
+        samples: Of each problem "question", "gold" and "models": name to samples (`rapo_verl.evaluation.samples`).
+        force_same_draw: Let a scored draw choose Hard; figure and page then say so.
         level: Content of bands and intervals.
         draws: Bootstrap draws.
         seed: Seed of the bootstrap.
@@ -53,7 +67,16 @@ def write_report(
         ValueError: The results may not be compared; nothing is written then.
     """
     summary = summarise(
-        results, hard_choice, histories=histories, settings=settings, title=title, level=level, draws=draws, seed=seed
+        results,
+        hard_choice,
+        histories=histories,
+        settings=settings,
+        title=title,
+        responses=responses,
+        force_same_draw=force_same_draw,
+        level=level,
+        draws=draws,
+        seed=seed,
     )
     model_roles = {m["name"]: m["role"] for m in summary["models"]}
     run_roles = {name: model_roles.get(name, run["role"]) for name, run in summary["training"].items()}
@@ -64,19 +87,26 @@ def write_report(
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False))
+    write_atomic(out / "passk.csv", tables.curves_csv(summary))
+    write_atomic(out / "problems.csv", tables.problems_csv(summary))
+    write_atomic(out / "table.tex", tables.latex(summary))
     for kind in ("png", "svg"):
         write_atomic(out / f"passk.{kind}", plots.image(passk[0], kind))
     if training[0] is None:
         (out / "training.png").unlink(missing_ok=True)
     else:
         write_atomic(out / "training.png", plots.image(training[0], "png"))
-    write_atomic(out / "report.html", render_html(summary, colours, passk, training))
+    write_atomic(out / "report.html", render_html(summary, colours, passk, training, samples))
     LOGGER.info("report written to %s", out / "report.html")
     return summary
 
 
 def render_html(
-    summary: Mapping[str, Any], colours: Mapping[str, str], passk: Sequence[Figure], training: Sequence[Figure | None]
+    summary: Mapping[str, Any],
+    colours: Mapping[str, str],
+    passk: Sequence[Figure],
+    training: Sequence[Figure | None],
+    samples: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Return the page. Every text that came from outside is escaped by jinja2, figures are embedded as data.
 
@@ -85,9 +115,10 @@ def render_html(
         colours: Name to colour, for models and training runs.
         passk: The wide and the narrow pass@k figure.
         training: The wide and the narrow training figure, or None for each.
+        samples: As for `write_report`; empty or one entry a problem.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"prob": _prob, "signed": _signed, "figures": _significant}
+    environment.filters |= {"prob": _prob, "signed": _signed, "figures": _significant, "share": _share}
     template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
     longest = max((run["steps"] for run in summary["training"].values()), default=0)
     return template.render(
@@ -99,6 +130,8 @@ def render_html(
             m for m in TRAINING_METRICS if any(r["final"][m[0]] is not None for r in summary["training"].values())
         ],
         smoothing=plots.running_mean_width(longest) if longest >= plots.SMOOTH_FROM else 0,
+        samples=samples,
+        blocks=_blocks(summary),
         percent=f"{100 * summary['bootstrap']['level']:g} %",
     )
 
@@ -140,6 +173,13 @@ def _cell(summary: Mapping[str, Any], scope: Mapping[str, Any], k: int) -> str:
     return "\n".join(lines) or "-"
 
 
+def _blocks(summary: Mapping[str, Any]) -> list[list[int]]:
+    """Return the problems as the matrix shows them: those that the base solves most often first, BLOCK a line."""
+    base = [model["name"] for model in summary["models"]].index(summary["base"])
+    order = sorted(range(summary["problems"]), key=lambda i: -summary["matrix"][i]["cells"][base]["correct"])
+    return [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)]
+
+
 def _data_uri(figure: Figure) -> str:
     """Return a figure as SVG in a data URI. As an image source it can neither run a script nor load anything."""
     return "data:image/svg+xml;base64," + base64.b64encode(plots.image(figure, "svg")).decode("ascii")
@@ -153,6 +193,11 @@ def _signed(value: float) -> str:
     text = f"{value:+.3f}"
     # A difference that rounds to nothing claims no direction.
     return "0.000" if text in ("+0.000", "-0.000") else text.replace("-", "\N{MINUS SIGN}")
+
+
+def _share(value: float) -> str:
+    """Return a share as per cent; one that is not 0 never reads as 0."""
+    return "0" if value == 0 else "< 0.01 %" if value < 1e-4 else f"{100 * value:.2f} %"
 
 
 def _significant(value: float | None) -> str:

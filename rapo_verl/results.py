@@ -1,21 +1,15 @@
-"""The exchange format between sampling and reporting: success counts of one model on one set of problems."""
+"""What sampling hands to reporting: success counts of one model on one set of problems, and what may be compared."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
-
-from rapo_verl.files import write_atomic
 
 # Key in `EvalResult.meta` that tells one draw from another. Two results with one draw seed may be one draw.
 DRAW_SEED = "draw_seed"
 # Two enumerations of one model agree to float32 rounding.
 EXACT_TOLERANCE = 1e-4
-FORMAT = "rapo_verl.EvalResult/1"
 
 
 @dataclass(frozen=True)
@@ -28,6 +22,7 @@ class EvalResult:
         ids: The P problem ids, all different.
         groups: The kind of each problem (P,), for example a family.
         correct: Right samples of each problem (P,), each in 0..n.
+        sources: The set that each problem comes from (P,); empty where there is only one.
         exact: Enumerated success probability of each problem (P,), each in [0, 1], where it can be had.
         meta: Where the numbers come from. `DRAW_SEED` says which draw; "role" may be "base", "grpo" or "rapo".
     """
@@ -38,6 +33,7 @@ class EvalResult:
     groups: tuple[str, ...]
     correct: tuple[int, ...]
     exact: tuple[float, ...] | None = None
+    sources: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -46,50 +42,15 @@ class EvalResult:
         if faults:
             raise ValueError(f"EvalResult {self.name!r}: " + "; ".join(faults))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON under a temporary name, then rename, so that a reader never meets half a file."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False))
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> EvalResult:
-        """Return the result stored by `save`.
-
-        Raises:
-            ValueError: No JSON (for example cut short), another format, a missing or unknown key, or impossible values.
-        """
-        source = Path(path)
-        try:
-            raw = json.loads(source.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{source}: no complete JSON ({error}); was the file cut short? Evaluate again."
-            ) from error
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            got = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-            raise ValueError(f"{source}: format must be {FORMAT!r}; got {got!r}")
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in raw.items() if key != "format"
-        }
-        allowed = {f.name for f in fields(cls)}
-        if set(values) != allowed:
-            raise ValueError(
-                f"{source}: keys must be {sorted(allowed)}; missing {sorted(allowed - set(values))}, "
-                f"unknown {sorted(set(values) - allowed)}"
-            )
-        try:
-            return cls(**values)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-
-
-def check_comparable(results: Sequence[EvalResult], hard_choice: EvalResult) -> None:
+def check_comparable(
+    results: Sequence[EvalResult], hard_choice: EvalResult | None, *, force_same_draw: bool = False
+) -> None:
     """Raise ValueError, with every fault at once, unless these results may stand in one table.
 
     Allowed: different names; one n; the same ids and groups in the same order, also in hard_choice; a draw seed
     everywhere; one result of hard_choice's model, with the same exact probabilities where both have them; and no result
-    with hard_choice's draw seed or, for that model, its very counts.
+    with hard_choice's draw seed or, for that model, its very counts, unless force_same_draw.
     """
     if not results:
         raise ValueError("results must hold at least one EvalResult; got none")
@@ -97,23 +58,31 @@ def check_comparable(results: Sequence[EvalResult], hard_choice: EvalResult) -> 
     names = [r.name for r in results]
     if len(set(names)) < len(names):
         faults.append(f"names must differ; got {names}")
+    for r in results:
+        if r.n != first.n:
+            faults.append(f"n must be the same; got {first.n} for {first.name!r} and {r.n} for {r.name!r}")
+    for r in (*results[1:], *([hard_choice] if hard_choice else [])):
+        if (r.ids, r.groups) != (first.ids, first.groups):
+            faults.append(f"ids and groups must be the same, in the same order; {r.name!r} differs from {first.name!r}")
+    for r in (*results, *([hard_choice] if hard_choice else [])):
+        if r.meta.get(DRAW_SEED) is None:
+            faults.append(f"meta[{DRAW_SEED!r}] of {r.name!r} is missing: without it nobody can tell two draws apart")
+    if hard_choice:
+        faults += _hard_faults(results, hard_choice, force_same_draw)
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _hard_faults(results: Sequence[EvalResult], hard_choice: EvalResult, force_same_draw: bool) -> list[str]:
+    faults = []
+    names = [r.name for r in results]
     if names.count(hard_choice.name) != 1:
         faults.append(
             f"hard_choice is a draw of {hard_choice.name!r}: that name must be among the results; got {names}"
         )
-    for r in results:
-        if r.n != first.n:
-            faults.append(f"n must be the same; got {first.n} for {first.name!r} and {r.n} for {r.name!r}")
-    for r in (*results[1:], hard_choice):
-        if (r.ids, r.groups) != (first.ids, first.groups):
-            faults.append(f"ids and groups must be the same, in the same order; {r.name!r} differs from {first.name!r}")
     chosen = hard_choice.meta.get(DRAW_SEED)
-    for r in (*results, hard_choice):
-        if r.meta.get(DRAW_SEED) is None:
-            faults.append(f"meta[{DRAW_SEED!r}] of {r.name!r} is missing: without it nobody can tell two draws apart")
     for r in results:
-        same_seed = chosen is not None and r.meta.get(DRAW_SEED) == chosen
-        if same_seed or (r.name == hard_choice.name and _same_draw(r, hard_choice)):
+        if shares_draw(r, hard_choice) and not force_same_draw:
             faults.append(
                 f"Hard must be chosen on a draw that scores no model; {r.name!r} (draw seed {r.meta.get(DRAW_SEED)!r}) "
                 f"and hard_choice (draw seed {chosen!r}) share a draw: sample the base once more"
@@ -122,14 +91,21 @@ def check_comparable(results: Sequence[EvalResult], hard_choice: EvalResult) -> 
             gap = max(abs(p - q) for p, q in zip(r.exact, hard_choice.exact, strict=True))
             if gap > EXACT_TOLERANCE:
                 faults.append(f"exact of {r.name!r} and of hard_choice differ by up to {gap:.3g}: not one model")
-    if faults:
-        raise ValueError("; ".join(faults))
+    return faults
 
 
-def _same_draw(a: EvalResult, b: EvalResult) -> bool:
-    """Return whether two draws agree on every count although eight or more had room to differ."""
-    free = sum(0 < c < a.n for c in a.correct)
-    return a.n == b.n and a.correct == b.correct and free >= 8
+def shares_draw(scored: EvalResult, hard_choice: EvalResult) -> bool:
+    """Return whether a result may be the draw that chose Hard.
+
+    It has the same draw seed, or is of the same model and agrees on every count although eight or more had room to
+    differ.
+    """
+    chosen = hard_choice.meta.get(DRAW_SEED)
+    if chosen is not None and scored.meta.get(DRAW_SEED) == chosen:
+        return True
+    free = sum(0 < c < scored.n for c in scored.correct)
+    same = scored.n == hard_choice.n and scored.correct == hard_choice.correct and free >= 8
+    return scored.name == hard_choice.name and same
 
 
 def _faults(result: EvalResult) -> list[str]:
@@ -139,12 +115,12 @@ def _faults(result: EvalResult) -> list[str]:
         faults.append(f"name must be a non-empty string; got {result.name!r}")
     if not _is_int(result.n) or result.n < 1:
         return [*faults, f"n must be an integer of at least 1; got {result.n!r}"]
-    for key in ("ids", "groups", "correct"):
+    for key in ("ids", "groups", "correct", "sources"):
         if not isinstance(getattr(result, key), tuple):
             return [*faults, f"{key} must be a tuple; got {type(getattr(result, key)).__name__}"]
     if not result.ids:
         faults.append("ids must hold at least one problem; got none")
-    for key in ("ids", "groups"):
+    for key in ("ids", "groups", "sources"):
         odd = [(i, v) for i, v in enumerate(getattr(result, key)) if not isinstance(v, str)]
         if odd:
             return [*faults, f"{key}[{odd[0][0]}] must be a string; got {odd[0][1]!r}"]
@@ -156,9 +132,9 @@ def _faults(result: EvalResult) -> list[str]:
         return [*faults, f"exact must be a tuple or None; got {type(result.exact).__name__}"]
     wrong = [(i, p) for i, p in enumerate(result.exact or ()) if not isinstance(p, float | int) or not 0 <= p <= 1]
     faults += [f"exact[{i}] must lie in [0, 1]; got {p!r}" for i, p in wrong[:1]]
-    for key in ("groups", "correct", "exact"):
+    for key in ("groups", "correct", "exact", "sources"):
         values = getattr(result, key)
-        if values is not None and len(values) != len(result.ids):
+        if values is not None and (values or key != "sources") and len(values) != len(result.ids):
             faults.append(f"{key} must have one entry for each of the {len(result.ids)} ids; got {len(values)}")
     if not isinstance(result.meta, Mapping):
         faults.append(f"meta must be a mapping; got {type(result.meta).__name__}")

@@ -9,22 +9,15 @@ from typing import Any
 import numpy as np
 
 from rapo_verl import passk
-from rapo_verl.results import DRAW_SEED, EvalResult, check_comparable
+from rapo_verl.evaluation.responses import Responses
+from rapo_verl.results import DRAW_SEED, EvalResult, check_comparable, shares_draw
+from rapo_verl.solved import coverage_difference, hard_mask, sign_test
+from rapo_verl.training_curves import summarise_training
 
 HEADLINE_KS = (1, 16, 64)
 ROLES = ("rapo", "grpo", "base")
 # The enumerated curve goes on past n/2, where sampling stops being informative, for three more doublings.
 EXACT_DOUBLINGS = 3
-# verl's and our metric names, in the order in which a report shows them: key, words, unit.
-TRAINING_METRICS = (
-    ("critic/rewards/mean", "Reward, batch mean", ""),
-    ("actor/entropy", "Entropy of the policy", "nats / token"),
-    ("rapo/forward_kl", "Forward KL(ref ‖ policy)", "nats / token"),
-    ("rapo/phi_mean", "φ(reward), batch mean", ""),
-    ("actor/grad_norm", "Gradient norm", ""),
-    ("response_length/mean", "Response length, mean", "tokens"),
-    ("timing_s/step", "Time of a step", "s"),
-)
 
 
 def role_of(name: str, meta: Mapping[str, Any] | None = None) -> str:
@@ -37,11 +30,13 @@ def role_of(name: str, meta: Mapping[str, Any] | None = None) -> str:
 
 def summarise(
     results: Sequence[EvalResult],
-    hard_choice: EvalResult,
+    hard_choice: EvalResult | None,
     *,
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     settings: Mapping[str, str],
     title: str,
+    responses: Mapping[str, Responses] | None = None,
+    force_same_draw: bool = False,
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
@@ -50,10 +45,13 @@ def summarise(
 
     Args:
         results: One `EvalResult` a model, on the same problems with the same n. All are scored, the base too.
-        hard_choice: Another draw of the base (the result of the same name). It chooses Hard and scores nothing.
+        hard_choice: Another draw of the base (the result of the same name). It chooses Hard and scores nothing. None:
+            there is no Hard, and the base is the first result of that role, or the first of all.
         histories: For each training run its metric dicts, one a step, with the key "step".
         settings: What was run: configuration, commit, versions, seeds, commands.
         title: The report's title.
+        responses: What each model's responses look like, where that is known.
+        force_same_draw: Let a scored draw choose Hard; the report then says so everywhere.
         level: Content of bands and intervals.
         draws: Bootstrap draws.
         seed: Seed of the bootstrap.
@@ -61,35 +59,35 @@ def summarise(
     Raises:
         ValueError: The results may not be compared (`check_comparable`), or a training record lacks "step".
     """
-    check_comparable(results, hard_choice)
+    check_comparable(results, hard_choice, force_same_draw=force_same_draw)
     n = results[0].n
-    hard = passk.hard_mask(hard_choice.correct)
     boot = {"level": level, "draws": draws, "seed": seed}
-    base = next(r for r in results if r.name == hard_choice.name)
-    weights = _hard_weights(base, hard_choice)
+    named = [r for r in results if hard_choice and r.name == hard_choice.name]
+    base = [*named, *(r for r in results if role_of(r.name, r.meta) == "base"), results[0]][0]
+    hard = hard_mask(hard_choice.correct) if hard_choice else np.zeros(len(base.ids), dtype=bool)
+    weights = _hard_weights(base, hard_choice) if hard_choice else None
+    known = responses or {}
     return {
         "title": title,
         "n": n,
         "problems": len(base.ids),
-        "hard": _hard_set(hard_choice, weights, level),
+        "hard": _hard_set(results, hard_choice, hard, weights, level),
         "bootstrap": boot,
         "ks": list(passk.default_ks(n)),
         "headline_ks": _headline_ks(n),
         "exact_ks": _exact_ks(n),
         "base": base.name,
-        "models": [_model(r, hard, weights, boot) for r in results],
+        "models": [_model(r, hard, weights, boot, known.get(r.name)) for r in results],
+        "sets": [_set(results, base, hard, label, boot) for label in _sources(base)],
         "comparisons": [_comparison(a, b, hard, boot) for a, b in _pairs(results, base)],
         "groups": _groups(results, hard),
-        "training": {name: _training(name, history) for name, history in histories.items()},
+        "matrix": _matrix(results, hard, level),
+        "histogram": {r.name: _histogram(r) for r in results},
+        "training": {
+            name: {"role": role_of(name), **summarise_training(name, history)} for name, history in histories.items()
+        },
         "settings": dict(settings),
     }
-
-
-def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps (S,) and values (S,) of one metric where it was recorded and is finite."""
-    rows = [(h["step"], float(h[key])) for h in history if h.get(key) is not None and math.isfinite(h[key])]
-    steps, values = zip(*rows, strict=True) if rows else ((), ())
-    return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
 
 
 def _headline_ks(n: int) -> list[int]:
@@ -108,29 +106,115 @@ def _hard_weights(base: EvalResult, hard_choice: EvalResult) -> np.ndarray | Non
     return None if p is None else (1 - np.asarray(p, dtype=np.float64)) ** hard_choice.n
 
 
-def _hard_set(hard_choice: EvalResult, weights: np.ndarray | None, level: float) -> dict[str, Any]:
+def _hard_set(
+    results: Sequence[EvalResult],
+    hard_choice: EvalResult | None,
+    hard: np.ndarray,
+    weights: np.ndarray | None,
+    level: float,
+) -> dict[str, Any]:
     """Return how Hard was chosen, its ids, its expected size, and what "none of n" cannot rule out."""
+    if hard_choice is None:
+        return {"n": None, "draw_seed": None, "ids": [], "same_draw": False, "expected_size": None, "upper_bound": None}
     n = hard_choice.n
-    mask = passk.hard_mask(hard_choice.correct)
     return {
         "n": n,
         "draw_seed": hard_choice.meta[DRAW_SEED],
-        "ids": [i for i, h in zip(hard_choice.ids, mask, strict=True) if h],
+        "ids": [i for i, h in zip(hard_choice.ids, hard, strict=True) if h],
+        "same_draw": any(shares_draw(r, hard_choice) for r in results),
         "expected_size": None if weights is None else float(weights.sum()),
         # The one-sided upper bound of p after 0 of n, 1 - (1 - level)^(1/n), taken to k = n / 2.
         "upper_bound": 1 - (1 - level) ** (max(1, n // 2) / n),
     }
 
 
-def _model(result: EvalResult, hard: np.ndarray, weights: np.ndarray | None, boot: Mapping[str, Any]) -> dict[str, Any]:
+def _model(
+    result: EvalResult,
+    hard: np.ndarray,
+    weights: np.ndarray | None,
+    boot: Mapping[str, Any],
+    responses: Responses | None,
+) -> dict[str, Any]:
     everything = np.ones(len(hard), dtype=bool)
+    scopes = {
+        "full": _scope(result, everything, everything.astype(np.float64), boot),
+        "hard": _scope(result, hard, weights, boot),
+    }
+    for name, mask in (("full", everything), ("hard", hard)):
+        for key, values in _beside(responses, mask, passk.default_ks(result.n)).items():
+            scopes[name][key] = values
     return {
         "name": result.name,
         "role": role_of(result.name, result.meta),
         "draw_seed": result.meta[DRAW_SEED],
-        "full": _scope(result, everything, everything.astype(np.float64), boot),
-        "hard": _scope(result, hard, weights, boot),
+        "responses": None if responses is None else _response_rates(responses, result.n),
+        **scopes,
     }
+
+
+def _beside(responses: Responses | None, mask: np.ndarray, ks: Sequence[int]) -> dict[str, list[float] | None]:
+    """Return majority@k and the guess baseline's pass@k on the masked problems, each over ks; None if not known."""
+    if responses is None or not mask.any():
+        return {"majority": None, "guess": None}
+    return {
+        "majority": responses.majority[mask].mean(axis=0).tolist(),
+        "guess": [float(passk.exact_pass_at_k(responses.guess[mask], k).mean()) for k in ks],
+    }
+
+
+def _response_rates(responses: Responses, n: int) -> dict[str, Any]:
+    """Return shares over all samples, and lengths in tokens (None: there is no such sample)."""
+    samples = n * len(responses.truncated)
+    lengths = {name: getattr(responses, f"length_{name}") for name in ("mean", "median", "95", "right", "wrong")}
+    return {
+        **{name: int(counts.sum()) / samples for name, counts in responses.verdicts.items()},
+        "truncated": int(responses.truncated.sum()) / samples,
+        "repeated": int(responses.repeated.sum()),
+        "tokens": {name: None if math.isnan(value) else value for name, value in lengths.items()},
+    }
+
+
+def _sources(base: EvalResult) -> list[str]:
+    """Return the sets in order of appearance if there are several, else none."""
+    found = list(dict.fromkeys(base.sources))
+    return found if len(found) > 1 else []
+
+
+def _set(
+    results: Sequence[EvalResult], base: EvalResult, hard: np.ndarray, label: str, boot: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the curves of one set by itself."""
+    mask = np.array(base.sources) == label
+    models = []
+    for r in results:
+        scopes = {"full": _scope(r, mask, None, boot), "hard": _scope(r, mask & hard, None, boot)}
+        models.append({"name": r.name, "role": role_of(r.name, r.meta), **scopes})
+    return {"label": label, "problems": int(mask.sum()), "hard": int((mask & hard).sum()), "models": models}
+
+
+def _matrix(results: Sequence[EvalResult], hard: np.ndarray, level: float) -> list[dict[str, Any]]:
+    """Return each problem with every model's right samples and Clopper-Pearson interval of its success probability."""
+    bounds = [passk.clopper_pearson(r.correct, r.n, level=level) for r in results]
+    return [
+        {
+            "id": results[0].ids[i],
+            "group": results[0].groups[i],
+            "hard": bool(hard[i]),
+            "cells": [
+                {"correct": r.correct[i], "low": float(low[i]), "high": float(high[i])}
+                for r, (low, high) in zip(results, bounds, strict=True)
+            ],
+        }
+        for i in range(len(hard))
+    ]
+
+
+def _histogram(result: EvalResult) -> list[int]:
+    """Return how many problems were solved never, in (0, 10] %, ..., (90, 100) %, and always."""
+    rate = np.asarray(result.correct) / result.n
+    inner = rate[(rate > 0) & (rate < 1)]
+    bins = np.ceil(inner * 10).astype(int) - 1
+    return [int((rate == 0).sum()), *np.bincount(bins, minlength=10).tolist(), int((rate == 1).sum())]
 
 
 def _scope(result: EvalResult, mask: np.ndarray, weights: np.ndarray | None, boot: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,14 +245,14 @@ def _comparison(a: EvalResult, b: EvalResult, hard: np.ndarray, boot: Mapping[st
         for k in _headline_ks(a.n) if mask.any() else ():
             got = passk.paired_bootstrap_difference(counts_a[mask], counts_b[mask], a.n, k, **boot)
             differences[scope].append({"k": k, **got._asdict()})
-    coverage = passk.coverage_difference(counts_a, counts_b, a.ids)
+    coverage = coverage_difference(counts_a, counts_b, a.ids)
     return {
         "a": a.name,
         "b": b.name,
         **differences,
         "only_a": list(coverage.only_a),
         "only_b": list(coverage.only_b),
-        "sign_test_p": passk.sign_test(counts_a, counts_b).p_value,
+        "sign_test_p": sign_test(counts_a, counts_b).p_value,
     }
 
 
@@ -188,22 +272,3 @@ def _groups(results: Sequence[EvalResult], hard: np.ndarray) -> list[dict[str, A
             models.append(row | {"solved": solved, "solved_hard": solved_hard})
         groups.append({"group": label, "problems": int(mask.sum()), "hard": int((mask & hard).sum()), "models": models})
     return groups
-
-
-def _training(name: str, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the number of steps, what was not finite, and each metric's mean over the last tenth of its records."""
-    if any("step" not in record for record in history):
-        raise ValueError(f'training history {name!r}: every record needs the key "step"')
-    keys = [key for key, _, _ in TRAINING_METRICS]
-    known = [h[key] for h in history for key in keys if h.get(key) is not None]
-    final = {}
-    for key in keys:
-        values = series(history, key)[1]
-        final[key] = float(values[-max(1, len(values) // 10) :].mean()) if len(values) else None
-    return {
-        "role": role_of(name),
-        "steps": len(history),
-        "last_step": max((h["step"] for h in history), default=None),
-        "not_finite": sum(not math.isfinite(value) for value in known),
-        "final": final,
-    }

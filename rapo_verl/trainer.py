@@ -10,6 +10,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from rapo_verl.reference_worker import RapoWorker
+from rapo_verl.validation import validation_pass_at_k
 
 _MODEL_ROLES = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef, Role.RefPolicy)
 
@@ -39,6 +40,15 @@ class RapoTrainerMixin(PPOTrainer):
         for key in [key for key in metrics if key.startswith("actor/rapo/")]:
             metrics[key.removeprefix("actor/")] = metrics.pop(key)
         return batch
+
+    def _val_metrics_update(
+        self, data_sources: list, sample_uids: list, reward_extra_infos_dict: dict, *args: Any, **kwargs: Any
+    ) -> dict[str, float]:
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1342 logs best@k by resampling with replacement, which is biased.
+        metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
+        n = self.config.actor_rollout_ref.rollout.val_kwargs.n
+        correct = reward_extra_infos_dict.get("acc") or reward_extra_infos_dict["reward"]
+        return metrics | validation_pass_at_k(data_sources, sample_uids, correct, n)
 
     def _dump_generations(self, **kwargs: Any) -> None:
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1331 dumps of training samples only their uid (_validate dumps

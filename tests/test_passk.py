@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rapo_verl import passk
+from rapo_verl import passk, solved
 
 
 def exact_pass_at_k(n: int, c: int, k: int) -> Fraction:
@@ -163,7 +163,7 @@ def test_difference_changes_sign_when_models_are_swapped():
 def test_sign_test_values(a, b, p):
     solved_a = np.array([True] * a + [False] * b + [True, False])
     solved_b = np.array([False] * a + [True] * b + [True, False])
-    assert passk.sign_test(solved_a, solved_b) == (a, b, p)
+    assert solved.sign_test(solved_a, solved_b) == (a, b, p)
 
 
 def test_sign_test_equals_scipy():
@@ -171,16 +171,27 @@ def test_sign_test_equals_scipy():
         for b in range(12):
             solved_a, solved_b = np.array([1] * a + [0] * b), np.array([0] * a + [1] * b)
             want = stats.binomtest(a, a + b, 0.5).pvalue
-            assert passk.sign_test(solved_a, solved_b).p_value == pytest.approx(want, rel=1e-12)
+            assert solved.sign_test(solved_a, solved_b).p_value == pytest.approx(want, rel=1e-12)
 
 
 def test_coverage_difference_names_the_problems():
     a, b = [0, 3, 1, 0], [2, 1, 0, 0]
-    assert passk.coverage_difference(a, b) == ((2,), (0,))
-    assert passk.coverage_difference(a, b, ["w", "x", "y", "z"]) == (("y",), ("w",))
+    assert solved.coverage_difference(a, b) == ((2,), (0,))
+    assert solved.coverage_difference(a, b, ["w", "x", "y", "z"]) == (("y",), ("w",))
     with pytest.raises(ValueError, match="same problems"):
-        passk.coverage_difference(a, b[:3])
+        solved.coverage_difference(a, b[:3])
 
 
 def test_hard_is_what_the_base_never_solved():
-    np.testing.assert_array_equal(passk.hard_mask([0, 1, 0, 5]), [True, False, True, False])
+    np.testing.assert_array_equal(solved.hard_mask([0, 1, 0, 5]), [True, False, True, False])
+
+
+def test_clopper_pearson_equals_scipy_and_its_closed_ends():
+    for n, c in ((1, 0), (1, 1), (64, 0), (64, 64), (64, 13), (2048, 1)):
+        low, high = passk.clopper_pearson([c], n)
+        want = stats.binomtest(c, n).proportion_ci(0.95, method="exact")
+        # scipy solves for the bounds with a root finder.
+        assert (low[0], high[0]) == (pytest.approx(want.low, abs=1e-8), pytest.approx(want.high, abs=1e-8))
+    assert passk.clopper_pearson([0], 2048)[1][0] == pytest.approx(1 - 0.025 ** (1 / 2048), rel=1e-9)
+    with pytest.raises(ValueError, match="level must lie"):
+        passk.clopper_pearson([0], 4, level=1.0)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rapo_verl import passk, plots
+from rapo_verl import passk, plots, solved
 from rapo_verl.report import print_table, write_report
 from rapo_verl.results import EvalResult, check_comparable
-from rapo_verl.summary import role_of, series, summarise
+from rapo_verl.summary import role_of, summarise
+from rapo_verl.training_curves import series
 
 N, GROUPS = 64, ("easy",) * 8 + ("latent",) * 8 + ("rare",) * 6 + ("ood",) * 6
 IDS = tuple(f"p{i:02d}" for i in range(len(GROUPS)))
@@ -68,7 +69,8 @@ class Page(HTMLParser):
 
 def test_files_exist_and_have_their_kind(report):
     out, summary = report
-    assert {p.name for p in out.iterdir()} == {"report.html", "summary.json", "passk.png", "passk.svg", "training.png"}
+    files = {"report.html", "summary.json", "passk.csv", "problems.csv", "table.tex", "passk.png", "passk.svg"}
+    assert {p.name for p in out.iterdir()} == files | {"training.png"}
     assert (out / "passk.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in (out / "passk.svg").read_bytes()
@@ -150,7 +152,7 @@ def test_comparisons_are_against_base_then_grpo(study, report):
     assert last["full"][-1]["k"] == 32
     assert last["full"][-1]["difference"] == pytest.approx(want[0])
     assert last["only_a"] == [i for i, x, y in zip(IDS, a, b, strict=True) if x > 0 and y == 0]
-    assert last["sign_test_p"] == passk.sign_test(a, b).p_value
+    assert last["sign_test_p"] == solved.sign_test(a, b).p_value
 
 
 def test_groups_add_up(study, report):

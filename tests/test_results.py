@@ -1,6 +1,5 @@
-"""The exchange format: what it keeps, what it refuses."""
+"""What a result refuses to hold."""
 
-import json
 import math
 import re
 
@@ -16,33 +15,6 @@ EXACT = tuple(i / 28 for i in range(28))
 def result(name, **changes):
     fields = {"n": N, "ids": IDS, "groups": ("easy",) * 28, "correct": tuple(range(28)), "exact": EXACT}
     return EvalResult(name, **(fields | {"meta": {"draw_seed": 3}} | changes))
-
-
-def test_save_and_load_round_trip(tmp_path):
-    for exact in (None, EXACT):
-        r = result("RAPO φ", exact=exact, meta={"draw_seed": 3, "shards": [1, 2]})
-        r.save(tmp_path / "deep" / "r.json")
-        assert EvalResult.load(tmp_path / "deep" / "r.json") == r
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["r.json"]
-
-
-def test_truncated_and_foreign_files_are_refused(tmp_path):
-    path = tmp_path / "r.json"
-    result("RAPO").save(path)
-    whole = path.read_text()
-    path.write_text(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"r\.json: no complete JSON .* cut short"):
-        EvalResult.load(path)
-    path.write_text('{"name": "x"}')
-    with pytest.raises(ValueError, match="format must be"):
-        EvalResult.load(path)
-    raw = json.loads(whole)
-    path.write_text(json.dumps({k: v for k, v in raw.items() if k != "groups"} | {"extra": 1}))
-    with pytest.raises(ValueError, match=r"missing \['groups'\], unknown \['extra'\]"):
-        EvalResult.load(path)
-    path.write_text(json.dumps(raw | {"correct": [N + 1, *raw["correct"][1:]]}))
-    with pytest.raises(ValueError, match=r"r\.json: .*correct\[0\] must be an integer in 0\.\.64; got 65"):
-        EvalResult.load(path)
 
 
 @pytest.mark.parametrize(

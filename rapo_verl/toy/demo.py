@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,14 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from rapo_verl.compose import compose_config
+from rapo_verl.evaluation.assemble import load_study, study_samples, study_settings
 from rapo_verl.launch import CONFIG_FILE, ENVIRONMENT_FILE, read_metrics, run
 from rapo_verl.preflight import problems_of
 from rapo_verl.report import print_table, write_report
-from rapo_verl.results import EvalResult
+from rapo_verl.toy.evaluate import BASE, EXACT_FILE, HARD_FOLDER
 from rapo_verl.toy.make import MODEL_DIR, make_toy
 
 console = Console(stderr=True)
-# One thread each, as in training (rapo_verl/launch.py), and no log lines between the progress bars.
-EVALUATION_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-# Draws of the evaluation. Hard is chosen on one draw of the base and every model is scored on a fresh one.
-SCORED_DRAW, HARD_DRAW = 1, 2
 
 
 class StageError(RuntimeError):
@@ -64,27 +57,51 @@ def train(experiment: str, run_dir: Path, overrides: list[str]) -> Path:
     return model
 
 
-def evaluate(
-    model: Path, toy_dir: Path, out: Path, *, name: str, n: int, draw_seed: int, limit: int, meta: dict[str, Any]
-) -> EvalResult:
-    """Evaluate a checkpoint in a process of its own (vLLM's memory goes with it), or load what an earlier call wrote.
+def evaluate(models: dict[str, Path], toy_dir: Path, out: Path, *, n: int, limit: int) -> None:
+    """Evaluate checkpoints in a process of its own: vLLM's memory goes with it.
 
     Raises:
         StageError: the evaluation failed.
     """
-    if not out.exists():
-        command = [sys.executable, "-m", "rapo_verl.toy.evaluate", str(model), str(toy_dir), str(out)]
-        options = {"name": name, "n": n, "draw-seed": draw_seed, "limit": limit, "meta": json.dumps(meta)}
-        for key, value in options.items():
-            command += [f"--{key}", str(value)]
-        log = out.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        # stderr stays here: it carries the progress bar.
-        with log.open("wb") as file:
-            code = subprocess.run(command, stdout=file, env={**os.environ, **EVALUATION_ENVIRONMENT}).returncode
-        if code != 0:
-            raise StageError(f"the evaluation of {name} ended with exit code {code}; see {log} and above")
-    return EvalResult.load(out)
+    command = [sys.executable, "-m", "rapo_verl.toy.evaluate", str(toy_dir), str(out), "--n", str(n)]
+    command += ["--limit", str(limit), *(f"{key}={path}" for key, path in models.items())]
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "evaluate.log"
+    # stderr stays here: it carries the progress bar.
+    with log.open("wb") as file:
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+        code = subprocess.run(command, stdout=file, env=environment).returncode
+    if code != 0:
+        raise StageError(f"the evaluation ended with exit code {code}; see {log} and above")
+
+
+def write_demo_report(out: Path, labels: dict[str, str], settings: dict[str, str]) -> dict[str, Any]:
+    """Write the report of a finished demo and return its summary.
+
+    Args:
+        out: folder of the demo.
+        labels: key of each model to its name.
+        settings: what the report says first of how it was made.
+    """
+    folders = {key: out / "eval" / key for key in labels}
+    hard_from = out / "eval" / HARD_FOLDER
+    results, hard_choice, responses = load_study(
+        list(folders.values()),
+        hard_from,
+        names={folders[key]: label for key, label in labels.items()},
+        metas={folder: {"role": key} for key, folder in folders.items()},
+    )
+    exact = [tuple(json.loads((folder / EXACT_FILE).read_text())) for folder in folders.values()]
+    return write_report(
+        out,
+        results=[replace(result, exact=p) for result, p in zip(results, exact)],
+        hard_choice=hard_choice,
+        histories={label: read_metrics(out / key) for key, label in labels.items() if key != BASE},
+        settings={**settings, **study_settings(list(folders.values()), list(labels.values()), hard_from)},
+        title="RAPO and GRPO on the toy world",
+        responses=responses,
+        samples=study_samples(list(folders.values()), list(labels.values())),
+    )
 
 
 def settings_of(run_dir: Path) -> dict[str, str]:
@@ -111,7 +128,7 @@ def demo(out: Path, *, seed: int = 0, n: int = 512, limit: int = 96, overrides: 
     Args:
         out: folder of the demo.
         seed: of the toy's world and base model, made in runs/toy/base<seed> if it is not there.
-        n: samples per problem, a multiple of 128.
+        n: samples per problem.
         limit: evaluation problems, a multiple of 12 keeps the families equal.
         overrides: Hydra overrides for both trainings.
 
@@ -119,7 +136,7 @@ def demo(out: Path, *, seed: int = 0, n: int = 512, limit: int = 96, overrides: 
         StageError: a stage failed; the message says where to look.
     """
     out = out.absolute()
-    toy_dir, evals = Path(f"runs/toy/base{seed}").absolute(), out / "eval"
+    toy_dir = Path(f"runs/toy/base{seed}").absolute()
     common = [f"toy_dir={toy_dir}", *(overrides or [])]
     models = {"base": toy_dir / MODEL_DIR}
     with _stage(1, 5, "the toy's problems and its base model, pre-trained on the spot"):
@@ -130,23 +147,11 @@ def demo(out: Path, *, seed: int = 0, n: int = 512, limit: int = 96, overrides: 
             models[name] = train(f"toy_{name}_cpu", out / name, common)
     labels = {"base": "base", "grpo": "GRPO", "rapo": "RAPO"}
     with _stage(4, 5, f"{n} responses to each of {limit} held-out problems, from each model"):
-        draws = [(key, SCORED_DRAW, evals / f"{key}.json") for key in labels]
-        draws.append(("base", HARD_DRAW, evals / "base_hard.json"))
-        *results, hard = (
-            evaluate(models[key], toy_dir, path, name=labels[key], n=n, draw_seed=draw, limit=limit, meta={"role": key})
-            for key, draw, path in draws
-        )
+        evaluate({key: models[key] for key in labels}, toy_dir, out / "eval", n=n, limit=limit)
     with _stage(5, 5, "the report"):
         settings = {
             f"{labels[key]}: {what}": text for key in ("grpo", "rapo") for what, text in settings_of(out / key).items()
         }
-        summary = write_report(
-            out,
-            results=results,
-            hard_choice=hard,
-            histories={labels[key]: read_metrics(out / key) for key in ("grpo", "rapo")},
-            settings={"command": "rapo demo", "toy seed": str(seed), **settings},
-            title="RAPO and GRPO on the toy world",
-        )
+        summary = write_demo_report(out, labels, {"command": "rapo demo", "toy seed": str(seed), **settings})
         print_table(summary)
     console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,233 @@
+"""vLLM engines, in this process or as Ray actors; both sample through the same class."""
+
+import itertools
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from rapo_verl.evaluation.generate import Engine, EngineLostError, Request
+from rapo_verl.evaluation.guard import guard
+from rapo_verl.evaluation.plan import PlanError
+from rapo_verl.evaluation.store import Samples
+
+logger = logging.getLogger(__name__)
+
+# Samples that run at once in one engine; vLLM queues those for which there is no memory.
+MAX_NUM_SEQS = 256
+# Seeded requests on a processor need whole prompts: see recipe/experiment/cpu.yaml.
+CPU_OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "enable_chunked_prefill": False,
+    "max_num_batched_tokens": 16384,
+}
+# One unbound thread, as in training (rapo_verl/launch.py); set before vLLM is imported.
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+def has_gpu() -> bool:
+    """Return whether this machine has an accelerator that vLLM's CUDA build can use."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine is started with."""
+
+    # Folder of a Hugging Face checkpoint.
+    model: str
+    max_model_len: int
+    tensor_parallel: int = 1
+    # Further arguments of vLLM's engine.
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def capacity(self) -> int:
+        """Samples to keep in flight: twice what runs at once, so that no slot waits for this process."""
+        return 2 * self.options.get("max_num_seqs", MAX_NUM_SEQS)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of vLLM's engine."""
+        defaults = {
+            "max_num_seqs": MAX_NUM_SEQS,
+            "enable_prefix_caching": True,
+            # The checkpoint's generation_config.json must not change how responses are drawn.
+            "generation_config": "vllm",
+            "seed": 0,
+            "disable_log_stats": True,
+        }
+        return defaults | {
+            "model": self.model,
+            "max_model_len": self.max_model_len,
+            "tensor_parallel_size": self.tensor_parallel,
+            **({} if has_gpu() else CPU_OPTIONS),
+            **self.options,
+        }
+
+
+class VllmEngine:
+    """vLLM in this process (its core is a process of its own)."""
+
+    def __init__(self, spec: EngineSpec):
+        if not has_gpu():
+            for name, value in CPU_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.capacity = spec.capacity
+        self._numbers = itertools.count()
+        before = set(psutil.Process().children(recursive=True))
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec.arguments()))
+        self._guard = guard([p for p in psutil.Process().children(recursive=True) if p not in before])
+
+    async def sample(self, request: Request) -> Samples:
+        """Return the samples of one request.
+
+        Raises:
+            EngineLostError: vLLM's core died.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        asked = request.sampling
+        params = SamplingParams(
+            n=request.samples,
+            seed=request.seed,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            max_tokens=asked.max_tokens,
+            stop_token_ids=list(asked.stop_token_ids),
+            logprobs=0 if asked.logprobs else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = []
+        try:
+            prompt: Any = {"prompt_token_ids": list(request.prompt)}
+            async for output in self._llm.generate(prompt, params, str(next(self._numbers))):
+                outputs += output.outputs
+        except EngineDeadError as error:
+            raise EngineLostError(f"vLLM's core died ({error})") from error
+        outputs.sort(key=lambda output: output.index)
+        return Samples(
+            [len(output.token_ids) for output in outputs],
+            [str(output.finish_reason) for output in outputs],
+            [output.cumulative_logprob if asked.logprobs else None for output in outputs],
+            [output.text for output in outputs],
+        )
+
+    async def prompt_logprobs(self, tokens: Sequence[int]) -> list[float]:
+        """Return the log-prob of each token but the first given those before it, nats."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
+        prompt: Any = {"prompt_token_ids": list(tokens)}
+        async for output in self._llm.generate(prompt, params, str(next(self._numbers))):
+            found = output.prompt_logprobs
+        return [position[token].logprob for token, position in zip(tokens[1:], found[1:])]
+
+    def close(self) -> None:
+        """End vLLM's core."""
+        self._llm.shutdown()
+        self._guard.communicate()
+
+
+class LocalFleet:
+    """One engine in this process; a new one if it dies."""
+
+    def __init__(self, spec: EngineSpec):
+        self.spec = spec
+
+    def __call__(self, alive: Sequence[Engine]) -> list[Engine]:
+        """Return the engine if none lives."""
+        return [] if alive else [VllmEngine(self.spec)]
+
+
+class RayEngine:
+    """A `VllmEngine` in a Ray actor."""
+
+    def __init__(self, handle: Any, capacity: int):
+        self.capacity = capacity
+        self._handle = handle
+
+    async def sample(self, request: Request) -> Samples:
+        """Return the samples of one request.
+
+        Raises:
+            EngineLostError: the actor, its vLLM or its machine died, or it could not start.
+        """
+        import ray
+
+        try:
+            return await self._handle.sample.remote(request)
+        except ray.exceptions.RayActorError as error:
+            raise EngineLostError(str(error)) from error
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, EngineLostError):
+                raise error.cause from error
+            raise
+
+    def close(self) -> None:
+        """End the actor and what it holds."""
+        import ray
+
+        ray.kill(self._handle)
+
+
+class RayFleet:
+    """As many engines as the cluster has room for: one per ``tensor_parallel`` GPUs of a node, or a number on CPUs.
+
+    Nodes that join are used at the next look, those that leave take their engines with them. Ray is initialised.
+    """
+
+    def __init__(self, spec: EngineSpec, *, engines: int = 0):
+        """Take at most ``engines`` engines, 0: as many as fit.
+
+        Raises:
+            PlanError: the cluster has no GPU and no number of engines was given.
+        """
+        self.spec = spec
+        self.engines = engines
+        self.on_gpus = self._room() > 0
+        if not self.on_gpus and engines < 1:
+            raise PlanError(
+                f"no node of the Ray cluster has {spec.tensor_parallel} GPU(s); wait until one has joined, or give "
+                "--engines N for N engines on processors"
+            )
+
+    def _room(self) -> int:
+        import ray
+
+        gpus = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
+        return sum(int(count) // self.spec.tensor_parallel for count in gpus)
+
+    def __call__(self, alive: Sequence[Engine]) -> list[Engine]:
+        """Return engines for the room that is left; they start in the background."""
+        import ray
+
+        room = self._room() if self.on_gpus else self.engines
+        wanted = min(self.engines or room, room)
+        resources = {"num_gpus": self.spec.tensor_parallel} if self.on_gpus else {"num_cpus": 1}
+        actor = ray.remote(max_concurrency=1000, **resources)(VllmEngine)
+        fresh = [
+            RayEngine(
+                actor.options(runtime_env={"env_vars": {} if self.on_gpus else CPU_ENVIRONMENT}).remote(self.spec),
+                self.spec.capacity,
+            )
+            for _ in range(wanted - len(alive))
+        ]
+        if fresh:
+            logger.info("%d engine(s) start on Ray, %d live", len(fresh), len(alive))
+        return list(fresh)

@@ -1,0 +1,168 @@
+"""The work queue: shards to engines, finished ones to disk, and what a lost engine had in hand back to the queue."""
+
+import asyncio
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from rapo_verl.evaluation.plan import Job, Plan, Sampling
+from rapo_verl.evaluation.store import Samples, Store
+
+logger = logging.getLogger(__name__)
+
+# How often one shard is tried before it, not the engines, is taken for the cause.
+MAX_ATTEMPTS = 4
+# Seconds between looks for new machines.
+POLL_S = 5.0
+
+
+class EngineLostError(RuntimeError):
+    """An engine died, or its machine did; what it had in hand is done again elsewhere."""
+
+
+class GenerationError(RuntimeError):
+    """Generation cannot go on; what was finished is on disk."""
+
+
+class Request(NamedTuple):
+    """What an engine is asked for: samples of one prompt, the i-th with seed + i."""
+
+    prompt: tuple[int, ...]
+    samples: int
+    seed: int
+    sampling: Sampling
+
+
+class Engine(Protocol):
+    """Something that samples."""
+
+    # Samples in flight that keep it busy.
+    capacity: int
+
+    async def sample(self, request: Request) -> Samples:
+        """Return the samples; raises EngineLostError."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+# Given the engines that live, starts and returns those that may be added now.
+Fleet = Callable[[Sequence[Engine]], list[Engine]]
+
+
+@dataclass
+class Draw:
+    """A plan and its folder."""
+
+    plan: Plan
+    store: Store
+
+
+class _Queue:
+    def __init__(self, draws: Sequence[Draw], fleet: Fleet, done: Callable[[int, int], None]):
+        self.draws, self.fleet, self.done = draws, fleet, done
+        self.pending: deque[tuple[Draw, Job]] = deque()
+        self.engines: list[Engine] = []
+        self.in_hand: dict[asyncio.Task, tuple[Engine, Draw, Job]] = {}
+        self.attempts: Counter[tuple[int, Job]] = Counter()
+        # Engines lost since a shard was last finished, and the most that lived at once.
+        self.barren = self.most = 0
+
+    async def run(self) -> None:
+        looked = -POLL_S
+        clock = asyncio.get_running_loop().time
+        while self.pending or self.in_hand:
+            if self.pending and (not self.engines or clock() - looked >= POLL_S):
+                self.engines += self.fleet(self.engines)
+                self.most = max(self.most, len(self.engines))
+                looked = clock()
+            self._hand_out()
+            if not self.in_hand:
+                await asyncio.sleep(0.2)
+                continue
+            finished, _ = await asyncio.wait(self.in_hand, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in finished:
+                self._collect(task)
+
+    def _hand_out(self) -> None:
+        """Fill every engine up to its capacity, the least busy first."""
+        load = {id(engine): 0 for engine in self.engines}
+        for engine, _, job in self.in_hand.values():
+            if id(engine) in load:
+                load[id(engine)] += job.samples
+        while self.pending and self.engines:
+            engine = min(self.engines, key=lambda e: load[id(e)] / e.capacity)
+            if load[id(engine)] >= engine.capacity:
+                return
+            draw, job = self.pending.popleft()
+            load[id(engine)] += job.samples
+            self.in_hand[asyncio.create_task(_make(engine, draw, job))] = (engine, draw, job)
+
+    def _collect(self, task: asyncio.Task) -> None:
+        engine, draw, job = self.in_hand.pop(task)
+        error = task.exception()
+        if error is None:
+            self.barren = 0
+            self.done(job.samples, task.result())
+            return
+        if not isinstance(error, EngineLostError):
+            raise error
+        self.pending.appendleft((draw, job))
+        self.attempts[id(draw), job] += 1
+        if engine in self.engines:
+            logger.warning("an engine was lost: %s; its shards in flight are done again", error)
+            self.engines.remove(engine)
+            engine.close()
+            self.barren += 1
+        if self.barren > max(3, self.most) or self.attempts[id(draw), job] >= MAX_ATTEMPTS:
+            raise GenerationError(
+                f"{self.barren} engine(s) were lost without a shard finished, problem "
+                f"{draw.plan.problems[job.problem].id!r} shard {job.shard} {self.attempts[id(draw), job]} time(s); "
+                f"the last error: {error}"
+            ) from error
+
+
+async def _make(engine: Engine, draw: Draw, job: Job) -> int:
+    """Sample a shard, write it, and return its number of tokens."""
+    request = Request(draw.plan.prompts[job.problem], job.samples, job.seed, draw.plan.sampling)
+    samples = await engine.sample(request)
+    # In a thread: compressing and flushing would hold up the engine's own loop.
+    await asyncio.to_thread(draw.store.write, job, samples)
+    return sum(samples.tokens)
+
+
+async def generate(
+    draws: Sequence[Draw], fleet: Fleet, *, started: Callable[[int, int], None], done: Callable[[int, int], None]
+) -> list[str]:
+    """Make every shard that the draws' folders lack.
+
+    Args:
+        draws: of one model; their folders are held by the caller (`Store.locked`).
+        fleet: where engines come from; asked again every POLL_S seconds, so that machines may join.
+        started: called once with the samples still to be made and those that are there.
+        done: called for each shard with its samples and tokens.
+
+    Returns:
+        What was wrong with files that were found damaged and made again.
+
+    Raises:
+        GenerationError: engines are lost time and again.
+    """
+    queue = _Queue(draws, fleet, done)
+    damaged: list[str] = []
+    for draw in draws:
+        todo, found = draw.store.missing(draw.plan)
+        queue.pending.extend((draw, job) for job in todo)
+        damaged += found
+    missing = sum(job.samples for _, job in queue.pending)
+    started(missing, sum(draw.plan.n * len(draw.plan.problems) for draw in draws) - missing)
+    try:
+        await queue.run()
+    finally:
+        for task in queue.in_hand:
+            task.cancel()
+        for engine in queue.engines:
+            engine.close()
+    return damaged

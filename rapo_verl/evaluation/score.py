@@ -1,0 +1,165 @@
+"""Verdicts on stored samples: one file a problem, made again when the samples or the verifier change."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from rapo_verl.evaluation.plan import PlanError
+from rapo_verl.evaluation.store import SCORES, ShardError, Store, read_stated, write_table
+from rapo_verl.verifier import Verifier, VerifierSettings
+
+SCHEMA = pa.schema(
+    [
+        ("sample", pa.int32()),
+        ("verdict", pa.string()),
+        # What the last box held; null without one.
+        ("answer", pa.string()),
+        ("tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+    ]
+)
+# Responses of at least so many tokens do not repeat by chance.
+REPEAT_TOKENS = 64
+
+
+@cache
+def verifier_sha256() -> str:
+    """Return the sha256 of what decides a verdict: our verifier's source and the versions of what it calls."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).parent.parent / "verifier").glob("*.py")):
+        digest.update(path.read_bytes())
+    for package in ("math-verify", "latex2sympy2_extended", "sympy"):
+        digest.update(f"{package} {version(package)}\n".encode())
+    return digest.hexdigest()
+
+
+def score_path(store: Store, problem: int) -> Path:
+    """Return where a problem's verdicts lie."""
+    return store.folder / SCORES / f"{problem:05d}.parquet"
+
+
+def basis(store: Store, problem: int, settings: VerifierSettings) -> dict[str, Any]:
+    """Return what a problem's verdicts rest on: the verifier, its settings, and the samples.
+
+    Raises:
+        ShardError: samples are missing or unreadable.
+    """
+    digest = hashlib.sha256()
+    for path in store.shards_of(problem):
+        if not path.exists():
+            raise ShardError(f"{path} is missing")
+        digest.update(read_stated(path)["texts"].encode())
+    return {
+        "verifier": verifier_sha256(),
+        "strictness": settings.strictness,
+        "deadline_s": settings.deadline_s,
+        "memory_mb": settings.memory_mb,
+        "samples": digest.hexdigest(),
+    }
+
+
+def score(
+    store: Store,
+    settings: VerifierSettings,
+    *,
+    jobs: int | None = None,
+    started: Callable[[int], None] = lambda _: None,
+    done: Callable[[], None] = lambda: None,
+) -> int:
+    """Judge every problem whose verdicts are missing or rest on something else, and return how many were.
+
+    Args:
+        store: samples of every problem must be there.
+        settings: of the verifier; timeouts are tried once more alone.
+        jobs: processes; default one a core. 1 stays in this process.
+        started: called with the number of problems to judge.
+        done: called after each.
+
+    Raises:
+        PlanError: samples are missing or damaged (``rapo eval generate`` makes them again).
+    """
+    todo, faults = [], []
+    for problem in range(len(store.problems)):
+        try:
+            want = basis(store, problem, settings)
+        except ShardError as error:
+            faults.append(str(error))
+            continue
+        path = score_path(store, problem)
+        if not path.exists() or read_stated(path)["basis"] != want:
+            todo.append((problem, want))
+    if faults:
+        raise PlanError(
+            f"{store.folder}: {len(faults)} problem(s) are not complete; run `rapo eval generate` again. "
+            f"First: {faults[0]}"
+        )
+    started(len(todo))
+    processes = min(jobs or os.cpu_count() or 1, len(todo))
+    if processes <= 1:
+        verifier = Verifier(settings)
+        try:
+            for problem, want in todo:
+                _score_problem(store, problem, want, verifier)
+                done()
+        finally:
+            verifier.close()
+        return len(todo)
+    # spawn: the caller may hold threads.
+    with ProcessPoolExecutor(processes, get_context("spawn"), _become_scorer, (store.folder, settings)) as pool:
+        for future in [pool.submit(_score_in_pool, *task) for task in todo]:
+            future.result()
+            done()
+    return len(todo)
+
+
+_scorer: dict[str, Any] = {}
+
+
+def _become_scorer(folder: Path, settings: VerifierSettings) -> None:
+    _scorer.update(store=Store.open(folder), verifier=Verifier(settings))
+
+
+def _score_in_pool(problem: int, want: dict[str, Any]) -> None:
+    _score_problem(_scorer["store"], problem, want, _scorer["verifier"])
+
+
+def _score_problem(store: Store, problem: int, want: dict[str, Any], verifier: Verifier) -> None:
+    gold = store.problems[problem]["gold"]
+    parts, texts = [], []
+    for path in store.shards_of(problem):
+        try:
+            table = store.read(path, ["sample", "text", "tokens", "finish_reason"])
+        except ShardError as error:
+            raise PlanError(f"{error}; run `rapo eval generate` again, which makes it anew") from error
+        responses = table["text"].to_pylist()
+        verdicts = verifier.verify_many(responses, [gold] * len(responses))
+        parts.append(
+            pa.table(
+                [
+                    table["sample"],
+                    [verdict.value for verdict, _ in verdicts],
+                    [answer for _, answer in verdicts],
+                    table["tokens"],
+                    table["finish_reason"],
+                ],
+                schema=SCHEMA,
+            )
+        )
+        texts.append([hash(text) for text, n in zip(responses, table["tokens"].to_pylist()) if n >= REPEAT_TOKENS])
+    stated = {"basis": want, "repeated": _repeated(texts)}
+    write_table(score_path(store, problem), pa.concat_tables(parts), stated)
+
+
+def _repeated(shards: list[list[int]]) -> int:
+    """Return how many long samples stand in more than one shard: seeds used twice, or a model that says one thing."""
+    seen = Counter(text for shard in shards for text in set(shard))
+    return sum(seen[text] > 1 for shard in shards for text in shard)

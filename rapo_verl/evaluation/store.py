@@ -1,0 +1,219 @@
+"""A folder of samples: a manifest, and one file a shard that appears whole, is checked when read, and never changes."""
+
+import fcntl
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rapo_verl.evaluation.plan import FORMAT, Job, Plan, PlanError
+from rapo_verl.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE, PROBLEMS_FILE, SHARDS, SCORES = "manifest.json", "problems.json", "shards", "scores"
+SCHEMA = pa.schema(
+    [
+        ("sample", pa.int32()),
+        ("tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        # Nats, of the model's own distribution; null where it was not asked for.
+        ("cumulative_logprob", pa.float64()),
+        ("text", pa.string()),
+    ]
+)
+_KEY = b"rapo"
+
+
+class Samples(NamedTuple):
+    """Responses of one shard, one list a column of SCHEMA."""
+
+    tokens: list[int]
+    finish_reason: list[str]
+    cumulative_logprob: list[float | None]
+    text: list[str]
+
+
+class ShardError(ValueError):
+    """A shard file that is cut short, damaged, or not what its place says."""
+
+
+def write_table(path: Path, table: pa.Table, stated: dict[str, Any]) -> None:
+    """Write a parquet file (zstd, a checksum on every page) with ``stated`` in its footer; whole or not at all."""
+    buffer = io.BytesIO()
+    table = table.replace_schema_metadata({_KEY: json.dumps(stated).encode()})
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True, use_dictionary=["finish_reason"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, buffer.getvalue())
+
+
+def read_stated(path: Path) -> dict[str, Any]:
+    """Return what `write_table` stated, from the footer alone.
+
+    Raises:
+        ShardError: no readable footer.
+    """
+    try:
+        with path.open("rb") as stream:
+            return json.loads((pq.read_metadata(stream).metadata or {})[_KEY])
+    except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
+        raise ShardError(f"{path}: {error}") from error
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return columns of a parquet file, every page's checksum verified.
+
+    Raises:
+        ShardError: cut short or damaged.
+    """
+    try:
+        with path.open("rb") as stream:
+            return pq.read_table(
+                stream, columns=columns, use_threads=False, pre_buffer=False, page_checksum_verification=True
+            )
+    except (OSError, pa.ArrowException) as error:
+        raise ShardError(f"{path}: {error}") from error
+
+
+class Store:
+    """The folder of one plan."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], problems: list[dict[str, Any]]):
+        self.folder = folder
+        self.manifest = manifest
+        self.problems = problems
+
+    @classmethod
+    def create(cls, folder: Path, plan: Plan, notes: dict[str, str] | None = None) -> "Store":
+        """Return the folder of a plan, made if need be.
+
+        Args:
+            folder: where.
+            plan: what will be sampled into it.
+            notes: what else to keep: where the model lay, the commit; not compared.
+
+        Raises:
+            PlanError: the folder holds samples of another plan.
+        """
+        path = folder / MANIFEST_FILE
+        if path.exists():
+            there = cls.open(folder).manifest
+            differing = [key for key in plan.manifest if there.get(key) != plan.manifest[key]]
+            if differing:
+                lines = [f"  {key}: {there.get(key)} there, {plan.manifest[key]} here" for key in differing]
+                raise PlanError("\n".join([f"{folder} holds samples of another evaluation:", *lines]))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = [asdict(problem) for problem in plan.problems]
+            write_atomic(folder / PROBLEMS_FILE, json.dumps(rows, indent=1, ensure_ascii=False))
+            # Last, so that a folder with a manifest has everything.
+            write_atomic(path, json.dumps({**plan.manifest, "sha256": plan.sha, "notes": notes or {}}, indent=1))
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Store":
+        """Return an existing folder.
+
+        Raises:
+            PlanError: there is no manifest, or one of another format.
+        """
+        try:
+            manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+            problems = json.loads((folder / PROBLEMS_FILE).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise PlanError(f"{folder} holds no evaluation ({error}); make one with `rapo eval generate`") from error
+        if manifest.get("format") != FORMAT:
+            raise PlanError(f"{folder}: the manifest's format must be {FORMAT!r}; got {manifest.get('format')!r}")
+        return cls(folder, manifest, problems)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one generating process.
+
+        Raises:
+            PlanError: another one holds it.
+        """
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PlanError(f"another process generates into {self.folder}; wait for it or end it") from error
+            # What a killed process was writing; nobody else writes while the lock is held.
+            for left in (self.folder / SHARDS).glob("*/.*.tmp"):
+                left.unlink()
+            yield
+
+    def shard_path(self, problem: int, shard: int) -> Path:
+        """Return where a shard lies."""
+        return self.folder / SHARDS / f"{problem:05d}" / f"{shard:05d}.parquet"
+
+    def shards_of(self, problem: int) -> list[Path]:
+        """Return the paths that hold all samples of a problem, in order."""
+        return [self.shard_path(problem, i) for i in range(-(-self.manifest["n"] // self.manifest["shard"]))]
+
+    def write(self, job: Job, samples: Samples) -> None:
+        """Write a shard.
+
+        Raises:
+            ShardError: the engine returned another number of samples than asked for.
+        """
+        if any(len(column) != job.samples for column in samples):
+            raise ShardError(f"asked for {job.samples} samples, got {[len(column) for column in samples]}")
+        columns: list[Any] = [list(range(job.first, job.first + job.samples)), *samples]
+        digest = hashlib.blake2b(json.dumps(samples.text).encode(), digest_size=16).hexdigest()
+        stated = {
+            "manifest": self.manifest["sha256"],
+            "problem": job.problem,
+            "first": job.first,
+            "count": job.samples,
+            "seed": job.seed,
+            "tokens": sum(samples.tokens),
+            "texts": digest,
+        }
+        write_table(self.shard_path(job.problem, job.shard), pa.table(columns, schema=SCHEMA), stated)
+
+    def read(self, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return a shard after checking that it is whole and in its place.
+
+        Raises:
+            ShardError: it is not.
+        """
+        stated, table = read_stated(path), read_table(path, columns)
+        first = int(path.stem) * self.manifest["shard"]
+        expected = {
+            "manifest": self.manifest["sha256"],
+            "problem": int(path.parent.name),
+            "first": first,
+            "count": min(self.manifest["shard"], self.manifest["n"] - first),
+        }
+        if {key: stated.get(key) for key in expected} != expected or table.num_rows != expected["count"]:
+            raise ShardError(f"{path}: states {stated} with {table.num_rows} rows; its place says {expected}")
+        return table
+
+    def missing(self, plan: Plan) -> tuple[list[Job], list[str]]:
+        """Return the shards still to be made, and what was wrong with files that were found damaged.
+
+        A damaged file is kept beside its place as ``*.damaged``. Every page of every file is read, one at a time.
+        """
+        todo, damaged = [], []
+        for job in plan.jobs:
+            path = self.shard_path(job.problem, job.shard)
+            if not path.exists():
+                todo.append(job)
+                continue
+            try:
+                self.read(path)
+            except ShardError as error:
+                logger.warning("%s; it is made again", error)
+                path.rename(path.with_suffix(".damaged"))
+                damaged.append(str(error))
+                todo.append(job)
+        return todo, damaged

@@ -1,0 +1,183 @@
+"""The report from folders, through the command line: every file, hostile texts, what is refused, what is marked."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from stub_evaluation import PROBLEMS, N, StubEngine, draw, plan, run, samples
+from test_report import Page
+from typer.testing import CliRunner
+
+from rapo_verl.evaluation.cli import app
+from rapo_verl.evaluation.samples import MAX_CHARACTERS
+from rapo_verl.passk import pass_at_k_curve
+
+EVIL = '</pre><script>alert("x")</script><img src=http://example.org onerror=alert(1)>'
+
+
+class HostileEngine(StubEngine):
+    """Texts, answers and lengths as a model under optimisation may write them."""
+
+    async def sample(self, request):
+        found = samples(request)
+        texts = [f"{EVIL}{text}" for text in found.text]
+        texts[-1] = f"{EVIL}\\boxed{{{EVIL}}}{'long ' * 9000}"
+        return found._replace(text=texts)
+
+
+def rapo(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Base, its second draw and an RL model, on two sets of problems, judged through the command."""
+    root = tmp_path_factory.mktemp("evals")
+    problems = tuple(
+        replace(p, id=f"{p.id}{EVIL}", source=f"aime2{4 + i % 2}", messages=({"role": "user", "content": f"{EVIL}?"},))
+        for i, p in enumerate(plan().problems)
+    )
+    for name, changes in (("base", {}), ("rapo", {"model": "1" * 64}), ("base_draw2", {"draw": 2})):
+        drawn = draw(root / name, problems=problems, **changes)
+        run(drawn, HostileEngine())
+    done = rapo("score", root / "base", root / "rapo", root / "base_draw2", "--strictness", "integer", "--jobs", 1)
+    assert done.exit_code == 0, done.output
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(folders):
+    out = folders / "report"
+    done = rapo(
+        "report", folders / "base", folders / "rapo", "--hard-from", folders / "base_draw2", "--out", out, "--draws", 50
+    )
+    assert done.exit_code == 0, done.output
+    return out, json.loads((out / "summary.json").read_text())
+
+
+def test_hostile_responses_questions_and_ids_stay_text(report):
+    page = (report[0] / "report.html").read_text()
+    parsed = Page(page)
+    assert "script" not in parsed.tags and "<script" not in page.casefold()
+    assert {source.split(":")[0].split("#")[0] for source in parsed.loads} <= {"data", ""}  # images and anchors
+    assert page.count("<img") == 1  # the figure
+    words = "".join(parsed.words)
+    assert f"{EVIL}sample " in words and f"{EVIL}?" in words
+    assert "<script" not in (report[0] / "passk.svg").read_text().casefold()
+
+
+def test_long_texts_are_cut_in_the_middle(report):
+    page = (report[0] / "report.html").read_text()
+    assert len(page) < 3_000_000
+    cut = re.search(r"\[… (\d+) characters left out …\]", page)
+    assert cut is None or int(cut[1]) > 0
+    assert max(len(words) for words in Page(page).words) < MAX_CHARACTERS + 200
+
+
+def test_every_cell_of_the_matrix_says_its_counts(report):
+    out, summary = report
+    page = (out / "report.html").read_text()
+    titles = re.findall(r'<td title="[^"]*?(base|rapo) (\d+) of (\d+), p in \[', page)
+    want = [
+        (name, str(row["cells"][j]["correct"]), str(N))
+        for j, name in enumerate(("base", "rapo"))
+        for row in summary["matrix"]
+    ]
+    assert sorted(titles) == sorted(want)
+    assert page.count('href="#p') == 2 * PROBLEMS
+    assert all(f'id="p{i}"' in page for i in range(PROBLEMS))
+
+
+def test_two_sets_have_their_own_curves_full_and_hard(report):
+    _, summary = report
+    assert [row["label"] for row in summary["sets"]] == ["aime24", "aime25"]
+    counts = np.array([row["cells"][0]["correct"] for row in summary["matrix"]])
+    even = np.arange(PROBLEMS) % 2 == 0
+    want = pass_at_k_curve(counts[even], N, summary["ks"])
+    assert summary["sets"][0]["models"][0]["full"]["mean"] == pytest.approx(want)
+    assert summary["sets"][0]["problems"] == even.sum()
+
+
+def test_csv_and_latex_hold_the_summary(report):
+    out, summary = report
+    rows = list(csv.DictReader((out / "passk.csv").open()))
+    (row,) = (r for r in rows if (r["set"], r["scope"], r["model"], r["k"]) == ("all", "full", "rapo", "16"))
+    assert float(row["pass_at_k"]) == summary["models"][1]["full"]["mean"][summary["ks"].index(16)]
+    assert float(row["guess_at_k"]) == summary["models"][1]["full"]["guess"][summary["ks"].index(16)]
+    problems = list(csv.DictReader((out / "problems.csv").open()))
+    assert len(problems) == 2 * PROBLEMS
+    assert problems[0]["problem"].endswith(EVIL)
+    table = (out / "table.tex").read_text()
+    assert r"\multicolumn{4}{l}{aime24 Full, 6 problems}" in table
+    assert f"{100 * summary['sets'][0]['models'][0]['full']['mean'][0]:.1f}" in table
+
+
+def test_hashes_and_settings_are_on_the_page(report, folders):
+    page = (report[0] / "report.html").read_text()
+    manifest = json.loads((folders / "base" / "manifest.json").read_text())
+    for value in (manifest["sha256"], manifest["model_sha256"], manifest["prompts_sha256"]):
+        assert value in page
+    assert "Hard chosen on" in page
+
+
+def test_hard_from_a_scored_draw_is_refused_and_when_forced_marked(folders, tmp_path):
+    same = ("report", folders / "base", folders / "rapo", "--hard-from", folders / "base", "--draws", 20)
+    refused = rapo(*same, "--out", tmp_path / "no")
+    assert refused.exit_code == 2 and not (tmp_path / "no").exists()
+    forced = rapo(*same, "--out", tmp_path / "yes", "--force-same-draw")
+    assert forced.exit_code == 0, forced.output
+    assert "regression to the mean" in (tmp_path / "yes" / "report.html").read_text()
+    assert "the SAME draw" in (tmp_path / "yes" / "passk.svg").read_text()
+
+
+def test_report_without_hard_says_so(folders, tmp_path):
+    done = rapo("report", folders / "base", "--out", tmp_path / "r", "--draws", 20)
+    assert done.exit_code == 0, done.output
+    assert "there is no Hard set" in (tmp_path / "r" / "report.html").read_text()
+
+
+def test_unjudged_folder_and_no_folder_are_refused_with_the_command(tmp_path):
+    drawn = draw(tmp_path / "new")
+    run(drawn, StubEngine())
+    done = rapo("report", tmp_path / "new", "--out", tmp_path / "r")
+    assert done.exit_code == 2 and "rapo eval score" in done.output
+    done = rapo("score", tmp_path)
+    assert done.exit_code == 2 and "rapo eval generate" in done.output
+    assert rapo("watch", tmp_path / "new", "--every", 0).output.endswith(": complete\n")
+
+
+def test_command_line_starts_without_heavy_imports():
+    code = (
+        "import sys; from rapo_verl.cli import app; heavy = {'torch', 'vllm', 'ray', 'transformers', 'numpy'}; "
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "slow"], "--preset is 'slow'; allowed: rapo-paper, quick"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--engine-arg", "nothing"], "key=value"),
+        (["--model", "./nowhere"], "does not exist; give a checkpoint folder or a hub id"),
+        (["--data", "absent.parquet"], "absent.parquet"),
+    ],
+)
+def test_generate_refuses_impossible_wishes_before_anything_starts(toy_dir, tmp_path, arguments, words):
+    given = ["--model", toy_dir / "model", "--data", toy_dir / "eval.parquet", "--max-tokens", 24]
+    done = rapo("generate", *given, "--out", tmp_path / "out", *arguments)
+    assert done.exit_code == 2
+    assert words in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_long_responses_are_refused_with_the_limit(toy_dir, tmp_path):
+    given = ["--model", toy_dir / "model", "--data", toy_dir / "eval.parquet", "--out", tmp_path / "out"]
+    done = rapo("generate", *given, "--max-tokens", 100_000)
+    assert done.exit_code == 2 and "lower max_tokens to" in done.output
