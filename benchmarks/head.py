@@ -64,14 +64,15 @@ class Memory(TorchDispatchMode):
 class Case:
     """Logits of a sharpened and a plain distribution around common tokens, as of a policy and its reference."""
 
-    def __init__(self, rows: int, columns: int, k: int, dtype: torch.dtype, device: str):
+    def __init__(self, rows: int, columns: int, k: int, dtype: torch.dtype, device: str, *, keep_reference: bool):
         generator = torch.Generator(device).manual_seed(0)
         options = {"generator": generator, "device": device}
         shared = torch.randn(rows, columns, **options) * 2
         self.logits = (1.3 * shared + torch.randn(rows, columns, **options)).to(dtype)
         # In place, so that the machine must not hold more than it measures.
-        self.reference = shared.sub_(shared.logsumexp(1, keepdim=True))
-        top = self.reference.topk(k, 1)
+        reference = shared.sub_(shared.logsumexp(1, keepdim=True))
+        top = reference.topk(k, 1)
+        self.reference = reference if keep_reference else None
         self.ids, self.log_q = top.indices, top.values
         self.log_tail = torch.log1p(-top.values.exp().sum(1))
         self.labels = torch.randint(0, columns, (rows,), **options)
@@ -210,7 +211,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(FORMULATIONS), choices=list(FORMULATIONS))
     args = parser.parse_args()
     single_process_group()
-    case = Case(args.rows, args.columns, args.k, getattr(torch, args.dtype), args.device)
+    dtype, keep = getattr(torch, args.dtype), "TRL style" in args.only
+    case = Case(args.rows, args.columns, args.k, dtype, args.device, keep_reference=keep)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in args.only}
     units: dict[str, tuple] = {}
     for number in range(args.rounds + 1):

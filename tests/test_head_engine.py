@@ -262,6 +262,16 @@ class Engine(MegatronHead, Refuses):
     pass
 
 
+def whole_gradient() -> list[torch.Tensor]:
+    """Return the gradient of the sum of all three outputs for one FSDP rank."""
+    batch = Batch()
+    data = with_target(batch.data(), batch.target())
+    tu.assign_non_tensor(data, calculate_entropy=True)
+    logits = [x.clone().requires_grad_(True) for x in batch.policy]
+    sum(rows_of(value).sum() for value in run(engine(), data, logits).values()).backward()
+    return [x.grad for x in logits]
+
+
 def megatron(rank: int, folder: str, *, tensor: int, context: int, data_format: str) -> None:
     from megatron.core import parallel_state
     from verl.models.mcore.util import (
@@ -292,7 +302,11 @@ def megatron(rank: int, folder: str, *, tensor: int, context: int, data_format: 
             out = {k: postprocess_thd_engine(v, rest[0], ids, 3) for k, v in got.items()}
         else:
             out = {k: postprocess_bshd_engine(v, rest[0]) for k, v in got.items()}
-        torch.save({k: rows_of(v).detach() for k, v in out.items()}, f"{folder}/{rank}.pt")
+        sum(rows_of(v).sum() for v in out.values()).backward()
+        # Where verl puts the whole gradient, this rank's rows and columns of it.
+        want = lay_out(jagged(whole_gradient()))[0][..., shard * columns : (shard + 1) * columns]
+        found = {k: rows_of(v).detach() for k, v in out.items()}
+        torch.save(found | {"gradient": logits.grad, "want": want}, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -323,6 +337,7 @@ def test_two_megatron_ranks_give_what_one_fsdp_rank_does(tmp_path, layout):
     tu.assign_non_tensor(data, calculate_entropy=True)
     whole = run(engine(), data, batch.policy)
     for part in spawn(layout, tmp_path):
+        torch.testing.assert_close(part.pop("gradient"), part.pop("want"), **CLOSE)
         assert part.keys() == whole.keys() == {"log_probs", "entropy", "forward_kl"}
         for name, value in part.items():
             torch.testing.assert_close(value, rows_of(whole[name]), **CLOSE)
