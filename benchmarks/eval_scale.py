@@ -6,6 +6,7 @@
 
 Answers are integers below 1000, right with a rate drawn for each problem; texts are words that compress as prose does.
 Each command is a process of its own; memory is its peak resident set. Writing the shards is timed apart.
+On a shared machine processor time is what to compare.
 """
 
 import argparse
@@ -56,14 +57,14 @@ def synthetic(folder: Path, model: int, draw: int, args: argparse.Namespace) -> 
         store.write(job, Samples(lengths, ["stop"] * job.samples, [-1.0] * job.samples, texts))
 
 
-def measured(*arguments: str) -> tuple[float, float]:
-    """Return seconds and peak MiB of one command."""
+def measured(*arguments: str) -> tuple[float, float, float]:
+    """Return seconds, processor seconds and peak MiB of one command."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "rapo_verl.cli", "eval", *arguments], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
         raise SystemExit(f"rapo eval {arguments[0]} failed")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def main() -> None:
@@ -89,8 +90,8 @@ def main() -> None:
             "report": measured("report", *everything[:-1], "--hard-from", str(hard), "--out", f"{root}/report"),
         }
         size = (Path(root) / "report" / "report.html").stat().st_size / 2**20
-        for name, (seconds, memory) in rows.items():
-            print(f"{name:18}{seconds:8.1f} s{memory:8.0f} MiB")
+        for name, (seconds, busy, memory) in rows.items():
+            print(f"{name:18}{seconds:8.1f} s{busy:8.1f} s of processor time{memory:8.0f} MiB")
         print(f"report.html {size:.1f} MiB")
 
 

@@ -76,12 +76,13 @@ def test_killed_generation_goes_on_and_leaves_no_engine(toy_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_ray_engine_is_replaced_and_two_share_the_queue(toy_dir, tmp_path):
+def test_killed_ray_engine_is_replaced_and_two_share_the_queue(toy_dir, tmp_path, monkeypatch):
     import ray
 
+    monkeypatch.setattr("rapo_verl.evaluation.generate.POLL_S", 0.5)
     sampling = Sampling(max_tokens=24)
     subject = read_subject(str(toy_dir / "model"), [toy_dir / "eval.parquet"], sampling, limit=12)
-    draw = subject.draw(tmp_path / "base", n=512, shard=32)
+    draw = subject.draw(tmp_path / "base", n=1024, shard=32)
     ray.init(num_cpus=3, num_gpus=0, include_dashboard=False, log_to_driver=False)
     try:
         fleet = RayFleet(EngineSpec(str(subject.folder), subject.longest), engines=2)
@@ -99,7 +100,7 @@ def test_killed_ray_engine_is_replaced_and_two_share_the_queue(toy_dir, tmp_path
     finally:
         ray.shutdown()
     assert len(started) == 3
-    assert_exact(tmp_path / "base", 512, 12)
+    assert_exact(tmp_path / "base", 1024, 12)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,36 +59,29 @@ def load(store: Store, name: str, meta: dict[str, Any] | None = None) -> tuple[E
         PlanError: a problem is not judged, or by another verifier than the first.
     """
     n, count = store.manifest["n"], len(store.problems)
-    golds = [normalize(problem["gold"]) for problem in store.problems]
+    # Right answers as they are compared, and the problems that have each.
+    places: dict[str, list[int]] = {}
+    for i, problem in enumerate(store.problems):
+        places.setdefault(normalize(problem["gold"]), []).append(i)
     verdicts = {verdict.value: np.zeros(count, dtype=np.int64) for verdict in Verdict}
     truncated, repeated = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
     majority = np.zeros((count, len(default_ks(n))))
-    # Of each problem, how often each right answer of any problem was given.
+    # Of each problem, how often the right answer of each problem was given.
     given = np.zeros((count, count), dtype=np.int32)
-    place: dict[str, list[int]] = {}
-    for i, gold in enumerate(golds):
-        place.setdefault(gold, []).append(i)
     lengths = {right: Counter[int]() for right in (True, False)}
-    judge = None
-    for i in range(count):
-        table, stated = _read(store, i)
-        judge = judge or stated["basis"]
-        if {**judge, "samples": None} != {**stated["basis"], "samples": None}:
-            raise PlanError(f"{store.folder}: problems were judged by different verifiers; run `rapo eval score` again")
-        said, answers = np.array(table["verdict"].to_pylist()), table["answer"].to_pylist()
+    for i, (table, repeats) in enumerate(_tables(store)):
+        said = np.array(table["verdict"].to_pylist())
         right = said == Verdict.correct.value
         for verdict, counts in verdicts.items():
             counts[i] = (said == verdict).sum()
         truncated[i] = np.sum(np.array(table["finish_reason"].to_pylist()) == "length")
-        repeated[i] = stated["repeated"]
+        repeated[i] = repeats
         tokens = table["tokens"].to_numpy()
         for kind in lengths:
             lengths[kind].update(tokens[right == kind].tolist())
-        normal = {answer: None if answer is None else normalize(answer) for answer in set(answers)}
-        votes = [normal[answer] for answer in answers]
+        votes = _votes(table["answer"].to_pylist())
         for answer, times in Counter(votes).items():
-            for other in place.get(answer or "", ()):
-                given[i, other] = times
+            given[i, places.get(answer or "", [])] = times
         majority[i] = majority_at(_classes(votes, right), default_ks(n), seed=i)
     result = EvalResult(
         name=name,
@@ -109,15 +102,28 @@ def load(store: Store, name: str, meta: dict[str, Any] | None = None) -> tuple[E
     return result, Responses(verdicts, truncated, repeated, *_lengths(lengths), majority, guess)
 
 
-def _read(store: Store, problem: int) -> tuple[pa.Table, dict[str, Any]]:
-    path = score_path(store, problem)
-    try:
-        table, stated = read_table(path), read_stated(path)
-    except ShardError as error:
-        raise PlanError(f"{error}; run `rapo eval score {store.folder}` first") from error
-    if table.num_rows != store.manifest["n"]:
-        raise PlanError(f"{path} holds {table.num_rows} verdicts of {store.manifest['n']}; run `rapo eval score` again")
-    return table, stated
+def _tables(store: Store) -> Iterator[tuple[pa.Table, int]]:
+    """Yield each problem's verdicts, and how many of its long samples stand in two shards."""
+    judge = None
+    for problem in range(len(store.problems)):
+        path = score_path(store, problem)
+        try:
+            table, stated = read_table(path), read_stated(path)
+        except ShardError as error:
+            raise PlanError(f"{error}; run `rapo eval score {store.folder}` first") from error
+        if table.num_rows != store.manifest["n"]:
+            raise PlanError(f"{path} holds {table.num_rows} verdicts of {store.manifest['n']}; run `rapo eval score`")
+        basis = {**stated["basis"], "samples": None}
+        judge = judge or basis
+        if judge != basis:
+            raise PlanError(f"{store.folder}: problems were judged by different verifiers; run `rapo eval score` again")
+        yield table, stated["repeated"]
+
+
+def _votes(answers: Sequence[str | None]) -> list[str | None]:
+    """Return answers as the verifier compares them; equal ones are normalised once."""
+    normal = {answer: None if answer is None else normalize(answer) for answer in set(answers)}
+    return [normal[answer] for answer in answers]
 
 
 def _classes(votes: Sequence[str | None], right: NDArray[np.bool_]) -> NDArray[np.int64]:

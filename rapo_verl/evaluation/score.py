@@ -87,21 +87,7 @@ def score(
     Raises:
         PlanError: samples are missing or damaged (``rapo eval generate`` makes them again).
     """
-    todo, faults = [], []
-    for problem in range(len(store.problems)):
-        try:
-            want = basis(store, problem, settings)
-        except ShardError as error:
-            faults.append(str(error))
-            continue
-        path = score_path(store, problem)
-        if not path.exists() or read_stated(path)["basis"] != want:
-            todo.append((problem, want))
-    if faults:
-        raise PlanError(
-            f"{store.folder}: {len(faults)} problem(s) are not complete; run `rapo eval generate` again. "
-            f"First: {faults[0]}"
-        )
+    todo = _outdated(store, settings)
     started(len(todo))
     processes = min(jobs or os.cpu_count() or 1, len(todo))
     if processes <= 1:
@@ -119,6 +105,26 @@ def score(
             future.result()
             done()
     return len(todo)
+
+
+def _outdated(store: Store, settings: VerifierSettings) -> list[tuple[int, dict[str, Any]]]:
+    """Return the problems to judge, each with what its verdicts will rest on."""
+    todo, faults = [], []
+    for problem in range(len(store.problems)):
+        try:
+            want = basis(store, problem, settings)
+        except ShardError as error:
+            faults.append(str(error))
+            continue
+        path = score_path(store, problem)
+        if not path.exists() or read_stated(path)["basis"] != want:
+            todo.append((problem, want))
+    if faults:
+        raise PlanError(
+            f"{store.folder}: {len(faults)} problem(s) are not complete; run `rapo eval generate` again. "
+            f"First: {faults[0]}"
+        )
+    return todo
 
 
 _scorer: dict[str, Any] = {}

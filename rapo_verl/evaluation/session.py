@@ -105,7 +105,8 @@ def generate_draws(draws: Sequence[Draw], fleet: Fleet, *, label: str) -> list[s
         GenerationError: engines are lost time and again.
     """
     bar = tqdm(desc=f"sampling {label}", unit="response", mininterval=bar_interval(), total=0)
-    tokens, began = 0, time.monotonic()
+    # The first shard only starts the clock: before it, engines start.
+    tokens, began = 0, 0.0
 
     def started(missing: int, there: int) -> None:
         bar.reset(missing + there)
@@ -113,9 +114,12 @@ def generate_draws(draws: Sequence[Draw], fleet: Fleet, *, label: str) -> list[s
         bar.initial = there
 
     def done(count: int, of_them: int) -> None:
-        nonlocal tokens
-        tokens += of_them
-        bar.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
+        nonlocal tokens, began
+        if began:
+            tokens += of_them
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
+        else:
+            began = time.monotonic()
         bar.update(count)
 
     with ExitStack() as stack:
