@@ -98,6 +98,7 @@ def misfits(job: Job, held: Memory, gpu: Gpu) -> list[str]:
         "gradients": held.gradients,
         "weights": held.weights,
         "activations": held.activations,
+        "layers that FSDP gathers": held.gathered,
         "reference": 0 if job.reference_offload else held.reference,
     }
     found = []
@@ -195,7 +196,7 @@ def print_plan(made: Plan, console: Console) -> None:
         f"rollout TP {job.rollout_tensor} x {max(job.gpus // job.rollout_tensor, 1)} replicas"
     )
     table = Table("GiB per GPU", "", title="memory of the fullest rank", title_justify="left")
-    rows = ("weights", "gradients", "optimizer", "reference", "activations", "head")
+    rows = ("weights", "gradients", "optimizer", "reference", "gathered", "activations", "head")
     offloaded = {"weights": job.param_offload, "optimizer": job.optimizer_offload, "reference": job.reference_offload}
     for name in rows:
         note = " (in host memory when not used)" if offloaded.get(name) else ""
