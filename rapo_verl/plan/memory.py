@@ -174,5 +174,5 @@ def _stage(shape: ModelShape, job: Job, gpu_bytes: float, stage: int) -> Memory:
         rollout=rollout,
         kv_cache=max(cache, 0.0),
         kv_tokens=int(max(cache, 0.0) / token),
-        host_per_node=offloaded * job.gpus_per_node,
+        host_per_node=offloaded * min(job.gpus_per_node, job.gpus),
     )

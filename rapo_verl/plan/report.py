@@ -124,7 +124,10 @@ def misfits(job: Job, held: Memory, gpu: Gpu) -> list[str]:
 
 
 def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, list[str]]]:
-    """Yield legal variants on a number of GPUs with their changed keys, few and mild changes first."""
+    """Yield legal variants on a number of GPUs with their changed keys, few and mild changes first.
+
+    Tried are TP up to 8, offload, the smallest micro-batch, and the rollout's share and TP; PP and CP stay.
+    """
     tensors = (2**i for i in range(4)) if job.backend == "megatron" else (job.tensor,)
     offloads = ((False, False), (False, True), (True, True))
     micro = {job.micro_tokens, -(-job.sequence // job.context)}
@@ -137,7 +140,6 @@ def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, lis
         variant = replace(
             job,
             gpus=gpus,
-            gpus_per_node=min(job.gpus_per_node, gpus) if gpus < 8 else 8,
             tensor=tensor,
             sequence_parallel=tensor > 1,
             param_offload=params,
