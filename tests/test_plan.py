@@ -300,6 +300,10 @@ def test_7b_on_2_cards_says_what_breaks_and_its_hint_fits(config):
     assert mended.fits, mended.problems
 
 
+def test_recipe_for_one_card_fits_24_gib():
+    assert plan(compose_config(["experiment=qwen2.5_0.5b_1gpu"]), GPUS["rtx4090"]).fits
+
+
 def test_hint_stays_on_the_same_cards_where_offload_is_enough(config):
     made = plan(config, GPUS["a100-40"], gpus=8)
     assert not made.fits

@@ -23,9 +23,9 @@ def show_dry_run(config: DictConfig) -> bool:
     fits, limit = True, config.data.max_prompt_length
     for key in ("train_files", "val_files"):
         data = create_rl_dataset(config.data[key], config.data, tokenizer, None, is_train=key == "train_files")
-        lengths = [_prompt_tokens(row, tokenizer) for row in data.dataframe]
-        fits = fits and max(lengths) <= limit
-        print(f"data.{key}: {len(lengths)} rows, longest prompt {max(lengths)} tokens of {limit}")
+        longest = max((_prompt_tokens(row, tokenizer) for row in data.dataframe), default=0)
+        fits = fits and longest <= limit
+        print(f"data.{key}: {len(data)} rows, longest prompt {longest} tokens of {limit}")
     if config.trainer.device == "cpu":
         return fits
     return show_plan(config) and fits

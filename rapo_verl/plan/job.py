@@ -65,7 +65,7 @@ def job_of(config: DictConfig, *, gpus: int | None = None) -> Job:
     return Job(
         backend=actor.strategy,
         gpus=total,
-        gpus_per_node=min(trainer.n_gpus_per_node, total),
+        gpus_per_node=trainer.n_gpus_per_node,
         tensor=engine.tensor_model_parallel_size if megatron else 1,
         pipeline=engine.pipeline_model_parallel_size if megatron else 1,
         context=engine.context_parallel_size if megatron else actor.ulysses_sequence_parallel_size,

@@ -39,6 +39,7 @@ class Memory:
     gradients: float
     optimizer: float
     reference: float
+    gathered: float
     activations: float
     head: float
     update: float
@@ -117,13 +118,20 @@ def _states(shape: ModelShape, job: Job, stage: int) -> tuple[float, float, floa
         shards = job.data * job.context if job.distributed_optimizer else 1
         reference = 2 * count if job.reference else 0
         return 2 * count, GRADIENT_BYTES * count, OPTIMIZER_BYTES * count / shards, reference
-    # FSDP2 shards everything in fp32; gathered beside it, and not sharded, are (assumed) two layers and the
-    # embeddings, with the gradient of one layer and the embeddings before it is reduced.
-    shard = 4 * shape.parameters / job.gpus
+    shard = 4 * shape.parameters / job.gpus  # FSDP2 keeps everything in fp32
+    return shard, shard, 2 * shard, (2 * shape.parameters / job.gpus if job.reference else 0)
+
+
+def gathered(shape: ModelShape, job: Job) -> tuple[float, float]:
+    """Return the bytes that FSDP2 holds unsharded: (in the update, in a forward pass). Assumed, not measured.
+
+    Two layers and the embeddings; in the update also the fp32 gradient of one layer and the embeddings.
+    """
+    if job.backend == "megatron":
+        return 0.0, 0.0
     root = shape.parameters - shape.layers * shape.layer_parameters
-    weights = shard + job.weight_bytes * (2 * shape.layer_parameters + root)
-    gradients = shard + GRADIENT_BYTES * (shape.layer_parameters + root)
-    return weights, gradients, 2 * shard, (2 * shape.parameters / job.gpus if job.reference else 0)
+    forward = job.weight_bytes * (2 * shape.layer_parameters + root)
+    return forward + GRADIENT_BYTES * (shape.layer_parameters + root), forward
 
 
 def memory(shape: ModelShape, job: Job, *, gpu_bytes: float) -> Memory:
@@ -136,12 +144,13 @@ def _stage(shape: ModelShape, job: Job, gpu_bytes: float, stage: int) -> Memory:
     weights, gradients, optimizer, reference = _states(shape, job, stage)
     logits, logits_forward = head(shape, job) if stage == job.pipeline - 1 else (0.0, 0.0)
     kept = activations(shape, job, stage=stage)
+    unsharded, unsharded_forward = gathered(shape, job)
     asleep = CONTEXT + VLLM_ASLEEP
     # veRL moves what is offloaded to the GPU for the phase that needs it, and away for the others.
     at_rest = (0 if job.param_offload else weights + gradients) + (0 if job.optimizer_offload else optimizer)
     resident_reference = 0 if job.reference_offload else reference
-    update = weights + gradients + optimizer + resident_reference + kept + logits
-    transient = layer_activation(shape, job) * job.micro_tokens + logits_forward
+    update = weights + gradients + optimizer + resident_reference + unsharded + kept + logits
+    transient = unsharded_forward + layer_activation(shape, job) * job.micro_tokens + logits_forward
     actor_pass = at_rest + (weights if job.param_offload else 0) + resident_reference + transient
     reference_pass = at_rest + (reference if job.backend == "megatron" else 0) + transient
     rollout = at_rest + resident_reference + job.utilization * gpu_bytes + CONTEXT
@@ -157,6 +166,7 @@ def _stage(shape: ModelShape, job: Job, gpu_bytes: float, stage: int) -> Memory:
         gradients=gradients,
         optimizer=optimizer,
         reference=reference,
+        gathered=unsharded,
         activations=kept,
         head=logits,
         update=update * (1 + FRAGMENTATION) + asleep,
@@ -164,5 +174,5 @@ def _stage(shape: ModelShape, job: Job, gpu_bytes: float, stage: int) -> Memory:
         rollout=rollout,
         kv_cache=max(cache, 0.0),
         kv_tokens=int(max(cache, 0.0) / token),
-        host_per_node=offloaded * job.gpus_per_node,
+        host_per_node=offloaded * min(job.gpus_per_node, job.gpus),
     )

@@ -48,7 +48,7 @@ def shape_of(path: str) -> ModelShape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _config(path)
+    config = config_of(path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -74,7 +74,12 @@ def shape_of(path: str) -> ModelShape:
     )
 
 
-def _config(path: str) -> Any:
+def config_of(path: str) -> Any:
+    """Return the transformers config of a published name, a folder or a hub id.
+
+    Raises:
+        ValueError: none is to be had.
+    """
     from transformers import AutoConfig, Qwen2Config
 
     if path in PUBLISHED and not Path(path).exists():

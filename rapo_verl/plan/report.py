@@ -98,6 +98,7 @@ def misfits(job: Job, held: Memory, gpu: Gpu) -> list[str]:
         "gradients": held.gradients,
         "weights": held.weights,
         "activations": held.activations,
+        "layers that FSDP gathers": held.gathered,
         "reference": 0 if job.reference_offload else held.reference,
     }
     found = []
@@ -123,7 +124,10 @@ def misfits(job: Job, held: Memory, gpu: Gpu) -> list[str]:
 
 
 def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, list[str]]]:
-    """Yield legal variants on a number of GPUs with their changed keys, few and mild changes first."""
+    """Yield legal variants on a number of GPUs with their changed keys, few and mild changes first.
+
+    Tried are TP up to 8, offload, the smallest micro-batch, and the rollout's share and TP; PP and CP stay.
+    """
     tensors = (2**i for i in range(4)) if job.backend == "megatron" else (job.tensor,)
     offloads = ((False, False), (False, True), (True, True))
     micro = {job.micro_tokens, -(-job.sequence // job.context)}
@@ -136,7 +140,6 @@ def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, lis
         variant = replace(
             job,
             gpus=gpus,
-            gpus_per_node=min(job.gpus_per_node, gpus) if gpus < 8 else 8,
             tensor=tensor,
             sequence_parallel=tensor > 1,
             param_offload=params,
@@ -195,7 +198,7 @@ def print_plan(made: Plan, console: Console) -> None:
         f"rollout TP {job.rollout_tensor} x {max(job.gpus // job.rollout_tensor, 1)} replicas"
     )
     table = Table("GiB per GPU", "", title="memory of the fullest rank", title_justify="left")
-    rows = ("weights", "gradients", "optimizer", "reference", "activations", "head")
+    rows = ("weights", "gradients", "optimizer", "reference", "gathered", "activations", "head")
     offloaded = {"weights": job.param_offload, "optimizer": job.optimizer_offload, "reference": job.reference_offload}
     for name in rows:
         note = " (in host memory when not used)" if offloaded.get(name) else ""
