@@ -1,11 +1,13 @@
 """The evaluator on real vLLM and Ray: kills, lost engines, log-probs, and veRL's checkpoints."""
 
+import asyncio
 import json
 import math
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import psutil
 import pytest
@@ -13,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from rapo_verl.evaluation.engines import CPU_ENVIRONMENT, EngineSpec, RayFleet
+from rapo_verl.evaluation.engines import CPU_ENVIRONMENT, EngineSpec, RayEngine, RayFleet
+from rapo_verl.evaluation.generate import EngineLostError
 from rapo_verl.evaluation.model import resolve_model
 from rapo_verl.evaluation.plan import PlanError, Sampling
 from rapo_verl.evaluation.session import generate_draws, read_subject
@@ -177,6 +180,26 @@ def test_guard_kills_what_is_named_when_its_parent_is_killed():
         assert other.is_running()
     finally:
         other.kill()
+
+
+def test_every_loss_that_ray_reports_loses_the_engine_but_a_fault_of_ours_is_raised():
+    from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayTaskError
+
+    def outcome(error):
+        async def fails(_):
+            raise error
+
+        engine = RayEngine(types.SimpleNamespace(sample=types.SimpleNamespace(remote=fails)), capacity=1)
+        try:
+            asyncio.run(engine.sample(None))
+        except Exception as raised:
+            return type(raised)
+
+    lost = EngineLostError("vLLM's core died")
+    # Memory that runs out is no RayActorError: seen on a full machine.
+    for error in (ActorDiedError(), NodeDiedError("gone"), OutOfMemoryError("full"), RayTaskError("f", "", lost)):
+        assert outcome(error) is EngineLostError
+    assert outcome(RayTaskError("f", "", ValueError("a bug"))) is RayTaskError
 
 
 def test_engine_defaults_keep_the_checkpoint_from_changing_the_sampling():

@@ -172,12 +172,13 @@ class RayEngine:
 
         try:
             return await self._handle.sample.remote(request)
-        except ray.exceptions.RayActorError as error:
-            raise EngineLostError(str(error)) from error
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, EngineLostError):
                 raise error.cause from error
             raise
+        except ray.exceptions.RayError as error:
+            # The actor or its node died, or Ray ended it because memory ran out.
+            raise EngineLostError(str(error)) from error
 
     def close(self) -> None:
         """End the actor and what it holds."""
