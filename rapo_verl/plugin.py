@@ -33,11 +33,16 @@ def _prepare_cpu_process() -> None:
 
 def register_engines() -> None:
     """Register our engines; called when `rapo_verl.engines` is imported as ``model.external_lib`` in each worker."""
-    from verl.workers.engine import EngineRegistry
+    from verl.workers.engine import EngineRegistry, MegatronEngineWithLMHead
 
     from rapo_verl.cpu.engine import CpuFSDPEngine
 
     EngineRegistry.register("language_model", "fsdp2", device="cpu")(CpuFSDPEngine)
+    if MegatronEngineWithLMHead is not None:  # megatron-core is installed
+        from rapo_verl.megatron import GuardedMegatronEngine
+
+        # veRL's own is registered for "cuda" alone; base.py:411 asks for device and vendor first.
+        EngineRegistry.register("language_model", "megatron", device="cuda", vendor="nvidia")(GuardedMegatronEngine)
 
 
 def register_trainers() -> None:
