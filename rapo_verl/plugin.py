@@ -52,9 +52,10 @@ def register_engines() -> None:
 
     EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cuda", vendor="nvidia")(RapoFSDPEngine)
     if MegatronEngineWithLMHead is not None:  # None: megatron-core is not installed
+        from rapo_verl.megatron import GuardedMegatronEngine
 
-        class RapoMegatronEngine(MegatronHead, MegatronEngineWithLMHead):
-            """veRL's Megatron engine with RAPO's head."""
+        class RapoMegatronEngine(MegatronHead, GuardedMegatronEngine):
+            """veRL's Megatron engine with RAPO's head, which stops before a step on a gradient that is not finite."""
 
         EngineRegistry.register("language_model", "megatron", device="cuda", vendor="nvidia")(RapoMegatronEngine)
 
