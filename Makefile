@@ -4,7 +4,7 @@ VENV ?= .venv
 LOCK := requirements/cpu.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo install test test-slow check clean-venv
+.PHONY: demo install test test-slow test-slurm check
 
 demo: $(STAMP)
 	$(VENV)/bin/rapo demo --out runs/demo
@@ -24,6 +24,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(VENV)/bin/python -m pytest -m slow
+
+# On a mini Slurm cluster in namespaces: root and Debian's slurmctld slurmd slurm-client munge shellcheck; skipped without.
+test-slurm: $(STAMP)
+	$(VENV)/bin/python -m pytest -m slurm tests/slurm
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -53,6 +53,7 @@ def train(
 
     Started again with the same config, a run goes on from its last checkpoint.
     """
+    from rapo_verl.checkpoints import CheckpointError
     from rapo_verl.launch import RunFolderError, run
     from rapo_verl.preflight import problems_of
 
@@ -66,7 +67,7 @@ def train(
         raise typer.Exit(0 if show_dry_run(config) else 1)
     try:
         raise typer.Exit(run(config, verbose=verbose))
-    except RunFolderError as error:
+    except (RunFolderError, CheckpointError) as error:
         _refuse([str(error)])
 
 
@@ -91,14 +92,47 @@ def plan(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="what a node of a Slurm job needs, in a second")] = False,
+) -> None:
     """Say what is installed, which platform this is, what is wrong and how to mend it; exit code 1 if anything is."""
+    from rapo_verl.cluster.checks import check_node
     from rapo_verl.doctor import examine, print_findings
 
-    findings = examine()
+    findings = check_node() if cluster else examine()
     print_findings(findings)
     if any(not finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def checkpoints(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    verify: Annotated[bool, typer.Option("--verify", help="read every byte")] = False,
+    export: Annotated[int | None, typer.Option(help="step to write as a Hugging Face model")] = None,
+    to: Annotated[Path | None, typer.Option(help="folder for --export")] = None,
+) -> None:
+    """List a run's checkpoints; exit code 1 if one is damaged or incomplete."""
+    from rapo_verl.checkpoints import CheckpointError
+    from rapo_verl.run_folder import export_checkpoint, show_checkpoints
+
+    try:
+        if export is None:
+            raise typer.Exit(0 if show_checkpoints(run, verify=verify) else 1)
+        print(export_checkpoint(run, export, to or run / "export" / f"step_{export}"))
+    except CheckpointError as error:
+        _refuse([str(error)])
+
+
+@app.command("inspect-batch")
+def inspect_batch(
+    file: Annotated[Path, typer.Argument(help="bad_batches/step_N.pt of a run that stopped on NaN")],
+    rows: Annotated[int, typer.Option(help="responses to show")] = 5,
+) -> None:
+    """Say what in a batch is NaN or infinite, and show the responses it stands in."""
+    from rapo_verl.run_folder import inspect
+
+    print("\n".join(inspect(file, rows)))
 
 
 @app.command()

@@ -2,22 +2,23 @@
 
 import json
 import logging
+import math
 import os
-import signal
+import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from rapo_verl import checkpoints
 from rapo_verl.files import write_atomic
+from rapo_verl.processes import descendants, dump_stacks, no_process_left, terminate_as_interrupt
 from rapo_verl.progress import TrainingProgress
+from rapo_verl.stopping import DEADLINE_VARIABLE, DUMP_FILE, SAVED, STALLED, STATE_VARIABLE, STOP_FILE_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,24 @@ LOG_FILE = "train.log"
 FAILURE_FILE = "reward_failure.txt"
 # Environment variable with the run folder, for every process of a run.
 RUN_DIR_VARIABLE = "RAPO_RUN_DIR"
+# Made by the trainer when it has saved before its last step.
+STOPPED_FILE = "stopped.txt"
+# Make it, and the run saves after its step and ends with code 75; slurm/launch.sh names one of its own.
+STOP_FILE = "stop"
+WANDB_FILE = "wandb_run_id.txt"
+STACKS_DIR = "stacks"
+DUMP_SECONDS = 30
+RESUME_VARIABLE = "RAPO_RESUME_STEP"
 # Environment variables of a run that every one of its processes, on every node, must see.
 PROCESS_VARIABLES = (
     "VERL_PLATFORM",
     "VERL_USE_EXTERNAL_MODULES",
     RUN_DIR_VARIABLE,
+    RESUME_VARIABLE,
+    STOP_FILE_VARIABLE,
+    DEADLINE_VARIABLE,
+    "WANDB_RUN_ID",
+    "WANDB_RESUME",
     "VERL_FILE_LOGGER_PATH",
     "TENSORBOARD_DIR",
     "VLLM_CPU_KVCACHE_SPACE",
@@ -49,11 +63,10 @@ CHANGEABLE = (
     "trainer.resume_mode",
     "trainer.resume_from_path",
     "trainer.max_actor_ckpt_to_keep",
+    "survival",
     "ray_kwargs",
 )
 VERSIONED = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "megatron-core", "TransferQueue", "rapo-verl")
-# Seconds for Ray and vLLM to end by themselves once the driver has.
-GRACE_SECONDS = 20
 
 
 class RunFolderError(ValueError):
@@ -79,7 +92,8 @@ def prepare_run_dir(config: DictConfig) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(path, OmegaConf.to_yaml(config))
     write_atomic(run_dir / ENVIRONMENT_FILE, json.dumps(environment(), indent=1))
-    (run_dir / FAILURE_FILE).unlink(missing_ok=True)
+    for name in (FAILURE_FILE, STOPPED_FILE, STOP_FILE):
+        (run_dir / name).unlink(missing_ok=True)
     return run_dir
 
 
@@ -143,7 +157,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def _child_environment(config: DictConfig, run_dir: Path) -> dict[str, str]:
+def _child_environment(config: DictConfig, run_dir: Path, step: int) -> dict[str, str]:
     env = {
         **os.environ,
         "PYTHONUNBUFFERED": "1",
@@ -151,10 +165,17 @@ def _child_environment(config: DictConfig, run_dir: Path) -> dict[str, str]:
         # veRL raises if this module fails to import, where it would drop an entry point that fails.
         "VERL_USE_EXTERNAL_MODULES": "rapo_verl.plugin",
         RUN_DIR_VARIABLE: str(run_dir),
+        RESUME_VARIABLE: str(step),
         "VERL_FILE_LOGGER_PATH": str(metrics_path(run_dir)),
         "TENSORBOARD_DIR": str(run_dir / "tensorboard"),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
+    env.setdefault(STOP_FILE_VARIABLE, str(run_dir / STOP_FILE))
+    if config.survival.max_minutes is not None:
+        ends = time.time() + 60 * config.survival.max_minutes
+        env[DEADLINE_VARIABLE] = str(min(ends, float(env.get(DEADLINE_VARIABLE) or ends)))
+    if "wandb" in config.trainer.logger:
+        env |= {"WANDB_RUN_ID": _wandb_run_id(run_dir), "WANDB_RESUME": "allow"}
     if config.trainer.device == "cpu":
         env["VERL_PLATFORM"] = "cpu"
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -162,6 +183,14 @@ def _child_environment(config: DictConfig, run_dir: Path) -> dict[str, str]:
         env.setdefault("OMP_NUM_THREADS", "1")
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return env
+
+
+def _wandb_run_id(run_dir: Path) -> str:
+    """Return the run's id, made once: a requeued job continues its curves."""
+    path = run_dir / WANDB_FILE
+    if not path.exists():
+        write_atomic(path, secrets.token_hex(4))
+    return path.read_text()
 
 
 def run(config: DictConfig, *, verbose: bool = False) -> int:
@@ -173,77 +202,56 @@ def run(config: DictConfig, *, verbose: bool = False) -> int:
 
     Raises:
         RunFolderError: see `prepare_run_dir`.
+        rapo_verl.checkpoints.CheckpointError: see `rapo_verl.checkpoints.resume_point`.
     """
+    # Checkpoints hold pickles: nobody else may write into what this run makes.
+    os.umask(os.umask(0o022) | 0o022)
     run_dir = prepare_run_dir(config)
+    step, said = checkpoints.resume_point(config)
     log_path = run_dir / LOG_FILE
-    env = _child_environment(config, run_dir)
+    env = _child_environment(config, run_dir, step)
+    stalled = False
     with log_path.open("ab") as log, TrainingProgress(config, Path(env["VERL_FILE_LOGGER_PATH"])) as progress:
         progress.say(f"log of every process: {log_path}")
+        for line in [f"going on from step {step}"] * bool(step) + said:
+            progress.say(line)
         start = log.tell()
         child = subprocess.Popen(
             [sys.executable, "-m", "rapo_verl.train", str(run_dir)],
             stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True,
         )  # fmt: skip
-        with _no_process_left(child) as running, _terminate_as_interrupt():
+        with no_process_left(child) as running, terminate_as_interrupt():
             tail = log_path.open("r", errors="replace")
             tail.seek(start)
-            while running():
+            while running() and not stalled:
                 time.sleep(0.5)
                 progress.update()
                 if verbose:
                     progress.echo(tail.read())
+                stalled = progress.idle_seconds() > 60 * (config.survival.stall_minutes or math.inf)
+            if stalled:
+                dump_stacks(run_dir / STACKS_DIR, descendants(child.pid))
+                _dump_on_other_nodes()
         progress.update()
+    if stalled:
+        print(
+            f"\nNo step for {config.survival.stall_minutes} minutes: what each process did is in {run_dir}/{STACKS_DIR}"
+        )
+        return STALLED
+    if child.returncode == SAVED:
+        print(f"\nSaved at {(run_dir / STOPPED_FILE).read_text().strip()}. The same command goes on from there.")
+        return SAVED
     if child.returncode != 0:
         _explain_failure(run_dir, log_path, start, child.returncode)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM take the way of Ctrl-C, so that it ends the run's processes too."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-@contextmanager
-def _no_process_left(child: subprocess.Popen) -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether the child runs; in the end, end it and every process it started."""
-    known: dict[int, psutil.Process] = {}
-
-    def running() -> bool:
-        # Remembered while they can be found; psutil compares creation times, so a reused pid is not taken for ours.
-        known.update((process.pid, process) for process in _descendants(child.pid))
-        return child.poll() is None
-
-    try:
-        yield running
-    finally:
-        if running():
-            child.send_signal(signal.SIGINT)
-            try:
-                child.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                running()
-                child.kill()
-                child.wait()
-        _, alive = psutil.wait_procs(list(known.values()), timeout=GRACE_SECONDS)
-        for process in alive:
-            logger.warning("ending a process that the run left: %s", process)
-            process.kill()
-
-
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+def _dump_on_other_nodes() -> None:
+    """Have the agents of a Slurm job look at their nodes before Ray ends the processes there."""
+    state = os.environ.get(STATE_VARIABLE)
+    if state:
+        (Path(state) / DUMP_FILE).touch()
+        time.sleep(DUMP_SECONDS)
 
 
 def _explain_failure(run_dir: Path, log_path: Path, start: int, code: int) -> None:

@@ -62,11 +62,13 @@ def register_engines() -> None:
 
 def register_trainers() -> None:
     """Register our trainers under their ``trainer.v1.trainer_mode`` names; called in the task runner."""
-    from verl.trainer.ppo.v1.trainer_base import register_trainer
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, register_trainer
 
-    from rapo_verl.trainer import RapoTrainerSync
+    from rapo_verl.trainer import RapoTrainerSync, SafeTrainerSync
 
     register_trainer("rapo_sync")(RapoTrainerSync)
+    # veRL's own trainer too saves, stops and refuses NaN as ours does; `register_trainer` would refuse the name.
+    TRAINER_REGISTRY["sync"] = SafeTrainerSync
 
 
 if on_cpu():

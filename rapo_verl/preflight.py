@@ -38,7 +38,8 @@ def problems_of(config: DictConfig) -> list[str]:
     if rapo is not None:
         found += _check_method(config, rapo)
     found += _check_cpu(config) + _check_megatron(config) + _check_model(config) + _check_data(config)
-    found += _check_reward(config) + _check_run_dir(config)
+    found += _check_reward(config) + _check_run_dir(config) + _check_survival(config) + _check_layout(config)
+    found += _check_secrets(config)
     return found + _check_with_verl(config)
 
 
@@ -229,6 +230,55 @@ def _check_run_dir(config: DictConfig) -> list[str]:
     if free < MIN_FREE_DISK:
         return [f"run_dir {folder}: {free >> 20} MiB free on its disk; at least {MIN_FREE_DISK >> 20} MiB are needed"]
     return []
+
+
+def _check_survival(config: DictConfig) -> list[str]:
+    return [
+        f"survival.{key} is {value}; allowed: a number > 0, or null"
+        for key, value in config.survival.items()
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0)
+    ]
+
+
+def _check_layout(config: DictConfig) -> list[str]:
+    """Return where the world does not divide; veRL checks it only without dynamic batches (utils/config.py)."""
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    heads = _attention_heads(config.actor_rollout_ref.model.path)
+    splits = {"actor_rollout_ref.rollout.tensor_model_parallel_size": rollout.tensor_model_parallel_size}
+    found = []
+    if actor.strategy == "megatron":
+        sizes = [actor.megatron[f"{kind}_model_parallel_size"] for kind in ("tensor", "pipeline")]
+        product = sizes[0] * sizes[1] * actor.megatron.context_parallel_size
+        splits["actor_rollout_ref.actor.megatron.tensor_model_parallel_size"] = sizes[0]
+        if ranks % product:
+            found.append(
+                f"TP * PP * CP of actor_rollout_ref.actor.megatron is {product}, which does not divide the {ranks} "
+                f"ranks of trainer.nnodes * trainer.n_gpus_per_node; change one of them"
+            )
+    for key, size in splits.items():
+        if ranks % size:
+            found.append(f"{key} is {size}, which does not divide the {ranks} ranks of this run")
+        if heads and heads % size:
+            found.append(f"{key} is {size}, which does not divide the model's {heads} attention heads")
+    return found
+
+
+def _attention_heads(model: str) -> int | None:
+    path = Path(model) / "config.json"
+    return json.loads(path.read_text()).get("num_attention_heads") if path.is_file() else None
+
+
+def _check_secrets(config: DictConfig) -> list[str]:
+    """Return the config keys that hold a secret of the environment: the config is saved and printed."""
+    named = ("TOKEN", "API_KEY", "SECRET", "PASSWORD")
+    values = {os.environ[name]: name for name in os.environ if any(part in name.upper() for part in named)}
+    text = OmegaConf.to_yaml(config)
+    return [
+        f"the config holds the value of ${name}, and is saved and printed; leave it to the environment"
+        for value, name in values.items()
+        if len(value) >= 8 and value in text
+    ]
 
 
 def _check_with_verl(config: DictConfig) -> list[str]:

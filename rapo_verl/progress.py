@@ -32,7 +32,7 @@ class TrainingProgress:
         self.metrics_file = metrics_file
         self.offset = 0
         self.console = Console(stderr=True)
-        self.started = time.monotonic()
+        self.started = self.active = time.monotonic()
         total = config.trainer.total_training_steps
         self.line_every = max(1, (total or 100) // 10)
         self.bar = Progress(
@@ -49,6 +49,10 @@ class TrainingProgress:
         self.task = self.bar.add_task(
             "train", total=total, name=self.name, shown="starting Ray, the models and vLLM (about a minute)"
         )
+
+    def idle_seconds(self) -> float:
+        """Return the seconds since a step was logged, or since the start."""
+        return time.monotonic() - self.active
 
     def __enter__(self) -> "TrainingProgress":
         self.bar.start()
@@ -76,6 +80,7 @@ class TrainingProgress:
                 if not line.endswith(b"\n"):
                     break  # still being written
                 self.offset += len(line)
+                self.active = time.monotonic()
                 self._show(json.loads(line))
 
     def _show(self, record: dict[str, Any]) -> None:

@@ -8,8 +8,10 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
-from rapo_verl.launch import CONFIG_FILE, PROCESS_VARIABLES
+from rapo_verl.launch import CONFIG_FILE, PROCESS_VARIABLES, STOPPED_FILE
 from rapo_verl.plugin import register_trainers
+from rapo_verl.processes import end_with_parent
+from rapo_verl.stopping import SAVED
 
 
 class RapoTaskRunner(TaskRunnerV1.__ray_actor_class__):
@@ -27,11 +29,18 @@ def main(run_dir: Path) -> None:
     # Ray processes on other nodes do not inherit this process's environment.
     variables = {name: os.environ[name] for name in PROCESS_VARIABLES if name in os.environ}
     OmegaConf.update(config, "ray_kwargs.ray_init.runtime_env.env_vars", variables, merge=True)
+    if os.environ.get("RAY_ADDRESS"):
+        # The cluster's own figures hold; Ray refuses others. It is exactly as large as the job.
+        for name in ("num_cpus", "num_gpus", "object_store_memory", "include_dashboard"):
+            config.ray_kwargs.ray_init.pop(name, None)
     try:
         run_ppo(config, task_runner_class=ray.remote(num_cpus=1)(RapoTaskRunner))
     finally:
         ray.shutdown()
+    if (run_dir / STOPPED_FILE).exists():
+        sys.exit(SAVED)
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(Path(sys.argv[1]))

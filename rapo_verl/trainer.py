@@ -10,6 +10,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from rapo_verl.reference_worker import RapoWorker
+from rapo_verl.safe_trainer import SafeTrainerMixin
 from rapo_verl.validation import validation_pass_at_k
 
 _MODEL_ROLES = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef, Role.RefPolicy)
@@ -62,7 +63,11 @@ class RapoTrainerMixin(PPOTrainer):
         super()._dump_generations(**kwargs)
 
 
-class RapoTrainerSync(RapoTrainerMixin, PPOTrainerSync):
+class SafeTrainerSync(SafeTrainerMixin, PPOTrainerSync):
+    """veRL's synchronous trainer itself (``trainer.v1.trainer_mode=sync``), watched over."""
+
+
+class RapoTrainerSync(RapoTrainerMixin, SafeTrainerMixin, PPOTrainerSync):
     """RAPO on veRL's synchronous trainer (``trainer.v1.trainer_mode=rapo_sync``)."""
 
     base_mode = "sync"

@@ -12,6 +12,10 @@ def raises(data_source, solution_str, ground_truth, extra_info=None, **_):
     raise KeyError(f"no such rubric for {ground_truth}")
 
 
+def not_a_number(data_source, solution_str, ground_truth, extra_info=None, **_):
+    return float("nan")
+
+
 def raises_after_marker(data_source, solution_str, ground_truth, extra_info=None, *, marker, **_):
     if Path(marker).exists():
         raise KeyError("rubric lost")

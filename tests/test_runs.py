@@ -10,7 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from rapo_verl.checkpoints import read_checkpoints
+from rapo_verl.cli import app
 from rapo_verl.launch import read_metrics
 
 HERE = Path(__file__).parent
@@ -65,7 +69,7 @@ def assert_same_run(first, second):
 @pytest.fixture(scope="module")
 def rapo_run(toy_dir, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("rapo") / "run"
-    code, output = train(toy_dir, run_dir, "toy_rapo_cpu", 4, "trainer.save_freq=2")
+    code, output = train(toy_dir, run_dir, "toy_rapo_cpu", 6, "trainer.save_freq=3")
     assert code == 0, output[-4000:]
     return run_dir
 
@@ -85,7 +89,7 @@ def test_switched_off_equals_builtin_grpo_bit_for_bit(toy_dir, tmp_path, rapo_ru
 
 def test_rapo_run_logs_forward_kl_and_phi_by_reward(rapo_run):
     steps = read_metrics(rapo_run)
-    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert all(step["rapo/forward_kl"] > 0 for step in steps)
     # Rewards are 0 and 1 here, so phi takes both its ends, and its mean is where the mean reward puts it.
     for step in steps:
@@ -97,7 +101,7 @@ def test_rapo_run_logs_forward_kl_and_phi_by_reward(rapo_run):
 
 
 def test_run_folder_of_another_config_is_refused(toy_dir, rapo_run):
-    code, output = train(toy_dir, rapo_run, "toy_rapo_cpu", 4, "trainer.save_freq=2", "rapo.forward_kl.coef=0.7")
+    code, output = train(toy_dir, rapo_run, "toy_rapo_cpu", 6, "trainer.save_freq=3", "rapo.forward_kl.coef=0.7")
     assert code == 2
     assert "rapo.forward_kl.coef: 0.3 there, 0.7 here" in output and "run_dir=" in output
 
@@ -114,6 +118,13 @@ def test_all_problems_are_reported_together_before_ray_starts(toy_dir, tmp_path)
         assert said in output
     assert "nothing was started" in output and not (tmp_path / "run").exists()
     assert time.monotonic() - start < 60
+
+
+def test_dry_run_says_the_plan_and_starts_nothing(toy_dir, tmp_path):
+    arguments = command(toy_dir, tmp_path / "run", "toy_rapo_cpu", 7, "trainer.save_freq=2", "--dry-run")[3:]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and "steps: 0 to 7, saved every 2" in done.output, done.output
+    assert "8 prompts x 4 responses" in done.output and not (tmp_path / "run").exists()
 
 
 def test_unknown_key_and_experiment_are_refused(toy_dir, tmp_path):
@@ -136,14 +147,87 @@ def test_every_form_of_the_forward_kl_trains(toy_dir, tmp_path, form):
 
 @pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits(toy_dir, tmp_path, rapo_run):
-    args = (toy_dir, tmp_path / "run", "toy_rapo_cpu", 4, "trainer.save_freq=2")
+    args = (toy_dir, tmp_path / "run", "toy_rapo_cpu", 6, "trainer.save_freq=3")
     process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    tracker = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
-    wait_for(lambda: tracker.exists() and tracker.read_text() == "2", process)
+    manifest = tmp_path / "run" / "checkpoints" / "global_step_3" / "manifest.json"
+    wait_for(manifest.exists, process)
     kill_tree(process)
     code, output = train(*args)
     assert code == 0, output[-4000:]
     assert_same_run(rapo_run, tmp_path / "run")
+
+
+def test_checkpoints_of_a_run_are_complete_listed_verified_and_exported(rapo_run, tmp_path):
+    found = read_checkpoints(rapo_run / "checkpoints")
+    assert [(checkpoint.step, checkpoint.complete) for checkpoint in found] == [(3, True), (6, True)]
+    manifest = found[-1].manifest
+    assert manifest["world"] == "1 ranks, fsdp2" and manifest["rapo"]["forward_kl"]["coef"] == 0.3
+    # What a resumed run needs: weights, optimizer, random numbers, and the place in the data.
+    assert {"data.pt", *(f"actor/{name}_world_size_1_rank_0.pt" for name in ("model", "optim", "extra_state"))} <= set(
+        manifest["files"]
+    )
+    listed = CliRunner().invoke(app, ["checkpoints", str(rapo_run), "--verify"])
+    assert listed.exit_code == 0 and listed.output.count("every byte read") == 2
+    exported = CliRunner().invoke(app, ["checkpoints", str(rapo_run), "--export", "6", "--to", str(tmp_path / "hf")])
+    assert exported.exit_code == 0, exported.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").num_parameters() > 0
+
+
+@pytest.mark.slow
+def test_stop_file_saves_and_ends_with_75_and_the_run_goes_on(toy_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    args = (toy_dir, run_dir, "toy_rapo_cpu", 400, "trainer.save_freq=-1")
+    process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: read_metrics(run_dir), process)
+    (run_dir / "stop").touch()
+    assert process.wait(120) == 75
+    assert "The same command goes on from there" in process.stderr.read()
+    (saved,) = read_checkpoints(run_dir / "checkpoints")
+    assert saved.complete and saved.step == len(read_metrics(run_dir)) < 400
+    code, output = train(toy_dir, run_dir, "toy_rapo_cpu", saved.step + 1, "trainer.save_freq=-1")
+    assert code == 0 and f"going on from step {saved.step}" in output, output[-4000:]
+    assert [step["step"] for step in read_metrics(run_dir)] == list(range(1, saved.step + 2))
+
+
+@pytest.mark.slow
+def test_wall_clock_budget_saves_and_ends_with_75(toy_dir, tmp_path):
+    # Less than the margin of 90 s: the first step is the last.
+    code, output = train(toy_dir, tmp_path / "run", "toy_grpo_cpu", 400, "survival.max_minutes=1")
+    assert code == 75, output[-4000:]
+    assert [found.step for found in read_checkpoints(tmp_path / "run" / "checkpoints")] == [1]
+
+
+@pytest.mark.slow
+def test_full_disk_ends_the_run_clearly_and_keeps_the_last_checkpoint(toy_dir, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("not root: the small disk is a mount")
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True, mode=0o700)
+    # A disk for one checkpoint and a half, in a mount namespace of its own; what is on it is copied out in the end.
+    small = 'mount -t tmpfs -o size=3600k,mode=700 tmpfs "$0" && { "$@"; code=$?; cp -a "$0" "$0.kept"; exit $code; }'
+    run = command(toy_dir, tmp_path / "run", "toy_rapo_cpu", 4, "trainer.save_freq=1")
+    done = subprocess.run(["unshare", "--mount", "bash", "-c", small, folder, *run], capture_output=True, text=True)
+    assert done.returncode == 1 and "No space left for a checkpoint" in done.stderr, done.stderr[-3000:]
+    assert [(found.step, found.complete) for found in read_checkpoints(tmp_path / "run" / "checkpoints.kept")] == [
+        (1, True)
+    ]
+
+
+@pytest.mark.slow
+def test_run_without_a_step_ends_with_99_and_stacks(toy_dir, tmp_path):
+    code, output = train(toy_dir, tmp_path / "run", "toy_rapo_cpu", 4, "survival.stall_minutes=0.4")
+    assert code == 99 and "No step for 0.4 minutes" in output
+    assert any("MainThread" in path.read_text() for path in (tmp_path / "run" / "stacks").iterdir())
+
+
+@pytest.mark.slow
+def test_nan_reward_stops_before_the_update_and_keeps_the_batch(toy_dir, tmp_path):
+    name = "reward.custom_reward_function.name=not_a_number"
+    code, output = train(toy_dir, tmp_path / "run", "toy_rapo_cpu", 2, name, "trainer.save_freq=1")
+    assert code == 1 and "before the update, NaN or infinity in rm_scores" in output
+    assert not read_checkpoints(tmp_path / "run" / "checkpoints") and not read_metrics(tmp_path / "run")
+    shown = CliRunner().invoke(app, ["inspect-batch", str(tmp_path / "run" / "bad_batches" / "step_1.pt")])
+    assert shown.exit_code == 0 and "rm_scores: 32 of" in shown.output and "responses: " in shown.output
 
 
 @pytest.mark.slow
@@ -185,7 +269,9 @@ def wait_for(condition, process, timeout=300):
     deadline = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, "the run ended early"
-        assert time.monotonic() < deadline, "nothing happened in time"
+        if time.monotonic() > deadline:
+            kill_tree(process)
+            pytest.fail("nothing happened in time")
         time.sleep(0.2)
 
 

@@ -24,6 +24,7 @@ from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import distributed
 from verl.utils import tensordict_utils as tu
 from verl.utils.import_utils import load_extern_type
@@ -36,8 +37,10 @@ from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
 
 from rapo_verl.compose import compose_config
+from rapo_verl.plugin import register_trainers
 from rapo_verl.reweighting import reference_temperature
 from rapo_verl.rollout import SeededAgentLoopManager, SeededAgentLoopWorker, StrictReplayBuffer
+from rapo_verl.safe_trainer import SafeTrainerMixin
 from rapo_verl.trainer import RapoTrainerMixin, RapoTrainerSync
 
 BROKEN = "rapo_test_broken_plugin"
@@ -249,6 +252,8 @@ WORKER_TQ = AgentLoopWorkerTQ.__ray_actor_class__
         (PPOTrainer.__init__, ["self", "config"]),
         (PPOTrainer._init_resource_pool_mgr, ["self"]),
         (PPOTrainer._update_actor, ["self", "batch", "metrics"]),
+        (PPOTrainer._load_checkpoint, ["self"]),
+        (PPOTrainer._save_checkpoint, ["self"]),
         (PPOTrainer._compute_ref_log_prob, ["self", "batch", "metrics"]),
         (ActorRolloutRefWorker.__init__, ["self", "config", "role", "distillation_config=None", "**kwargs"]),
         (ActorRolloutRefWorker.init_model, ["self"]),
@@ -279,12 +284,26 @@ def test_methods_we_override_are_defined_where_we_think():
     # An override of a name that upstream renamed would simply never be called.
     for ours, theirs, names in (
         (RapoTrainerMixin, PPOTrainer, ["_init_resource_pool_mgr", "_update_actor", "_dump_generations"]),
+        (
+            SafeTrainerMixin,
+            PPOTrainer,
+            ["_load_checkpoint", "_save_checkpoint", "_update_actor", "on_step_begin", "on_step_end"],
+        ),
         (SeededAgentLoopWorker, WORKER_TQ, ["_run_agent_loop", "_compute_score"]),
         (StrictReplayBuffer, ReplayBuffer, ["_sync_metadata_from_transfer_queue", "sample"]),
     ):
         for name in names:
             assert name in vars(ours) and callable(getattr(theirs, name)), name
     assert issubclass(RapoTrainerSync, PPOTrainer) and RapoTrainerSync.base_mode == "sync"
+
+
+def test_every_mode_of_ours_is_watched_over():
+    register_trainers()
+    for mode in ("sync", "rapo_sync"):
+        cls = trainer_base.get_trainer_cls(mode)
+        assert issubclass(cls, SafeTrainerMixin) and issubclass(cls, PPOTrainerSync)
+        # Else veRL's own method would be found before ours.
+        assert cls.__mro__.index(SafeTrainerMixin) < cls.__mro__.index(PPOTrainerSync)
 
 
 def test_replay_buffer_takes_the_poll_interval_that_we_pass():
@@ -332,6 +351,26 @@ def source(thing) -> str:
             ],
         ),
         (PPOTrainer.__init__, ["self.trainer_mode = self.config.trainer.v1.trainer_mode"]),
+        # rapo_verl/safe_trainer.py: the loop ends where total_training_steps says, saving comes before on_step_end.
+        (
+            PPOTrainer.fit,
+            [
+                "and self.global_steps <= self.total_training_steps:",
+                "self._save_checkpoint() self.on_step_end()",
+                "self.on_train_end()",
+            ],
+        ),
+        (PPOTrainer._step_once, ["batch = self._update_actor(batch, metrics=metrics) return batch"]),
+        (
+            PPOTrainer._save_checkpoint,
+            [
+                'max_actor_ckpt_to_keep = ( self.config.trainer.get("max_actor_ckpt_to_keep", None)',
+                'os.path.join( self.config.trainer.default_local_dir, f"global_step_{self.global_steps}" )',
+                'self.config.trainer.default_local_dir, "latest_checkpointed_iteration.txt"',
+            ],
+        ),
+        (PPOTrainer._load_checkpoint, ["global_step_folder = find_latest_ckpt_path(checkpoint_folder)"]),
+        (FSDPEngine.optimizer_step, ["if not torch.isfinite(grad_norm):", "self.optimizer.zero_grad()"]),
         (
             PPOTrainer._build_replay_buffer,
             [

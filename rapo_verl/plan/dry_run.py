@@ -1,10 +1,12 @@
 """``rapo train --dry-run``: what the start of a run would load, loaded, on any machine; no Ray, no weights."""
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from transformers import AutoTokenizer
 
+from rapo_verl.checkpoints import read_checkpoints
 from rapo_verl.plan.report import show_plan
 
 
@@ -26,6 +28,11 @@ def show_dry_run(config: DictConfig) -> bool:
         longest = max((_prompt_tokens(row, tokenizer) for row in data.dataframe), default=0)
         fits = fits and longest <= limit
         print(f"data.{key}: {len(data)} rows, longest prompt {longest} tokens of {limit}")
+    trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+    whole = [found.step for found in read_checkpoints(Path(trainer.default_local_dir)) if found.complete]
+    print(f"a step: {config.data.train_batch_size} prompts x {rollout.n} responses")
+    last = trainer.total_training_steps or f"the last of {trainer.total_epochs} epoch(s)"
+    print(f"steps: {max(whole, default=0)} to {last}, saved every {trainer.save_freq}, in {config.run_dir}")
     if config.trainer.device == "cpu":
         return fits
     return show_plan(config) and fits

@@ -1,0 +1,1 @@
+"""A run over the nodes of a Slurm job: docs/cluster.md."""

@@ -1,0 +1,111 @@
+"""What the nodes of a job tell each other, as files in one shared folder; and the exit codes of a job.
+
+Files, since they need no port, outlive every process and can be read afterwards. The first verdict stands: it names the
+cause, later ones its consequences.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rapo_verl.files import write_atomic
+from rapo_verl.stopping import SAVED
+
+# Exit codes of a job beside the command's own (0 done, 1 failed, 2 refused, 75 saved, 99 stalled).
+HEAD_FAILED, MISSING, HEAD_GONE, WORKER_FAILED, RAYLET_DIED = 90, 91, 92, 93, 94
+NO_VERDICT, PREFLIGHT, NODE_LOST = 95, 96, 97  # 98: a node that does not see the folder (slurm/launch.sh)
+REQUEUED = (SAVED, NODE_LOST)
+VERDICT = "verdict"
+# A small file for each node that often: a shared filesystem should not notice a job of a hundred nodes.
+BEAT_SECONDS = 3.0
+
+
+class Board:
+    """The shared folder of one attempt of a job, seen from one node.
+
+    Args:
+        folder: RAPO_STATE, made by slurm/launch.sh.
+        node: number of this node in the job, 0 for the first.
+        hosts: names of all nodes, in that order.
+    """
+
+    def __init__(self, folder: Path, node: int, hosts: list[str]):
+        self.folder, self.node, self.hosts = folder, node, hosts
+        self._beats: dict[int, tuple[str, float]] = {}
+        self._beaten = -BEAT_SECONDS
+
+    @property
+    def host(self) -> str:
+        """Return this node's name."""
+        return self.hosts[self.node]
+
+    def log_file(self, what: str) -> Path:
+        """Return the path of a log of this node."""
+        return self.folder / f"{what}.{self.node}.{self.host}.log"
+
+    def write(self, name: str, value: Any) -> None:
+        """Tell the others ``value``."""
+        write_atomic(self.folder / name, json.dumps(value))
+
+    def read(self, name: str) -> Any:
+        """Return what was told under this name, None if nothing was."""
+        try:
+            return json.loads((self.folder / name).read_text())
+        except FileNotFoundError:
+            return None
+
+    def told(self, name: str) -> dict[int, Any]:
+        """Return what each node has told under ``name.<node>``."""
+        found = {node: self.read(f"{name}.{node}") for node in range(len(self.hosts))}
+        return {node: value for node, value in found.items() if value is not None}
+
+    def judge(self, code: int, reason: str, log: Path | None = None) -> None:
+        """Give the job's verdict, unless another node has: a hard link is made by one only, on NFS too."""
+        path = self.folder / f".{VERDICT}.{self.node}"
+        write_atomic(path, f"code: {code}\nnode: {self.host}\nreason: {reason}\nlog: {log or ''}\n")
+        try:
+            os.link(path, self.folder / VERDICT)
+        except FileExistsError:
+            return
+
+    def verdict(self) -> int | None:
+        """Return the code of the job's verdict, None before there is one."""
+        try:
+            lines = (self.folder / VERDICT).read_text().splitlines()
+        except FileNotFoundError:
+            return None
+        return int(lines[0].removeprefix("code: "))
+
+    def beat(self) -> bool:
+        """Show that this node lives, every `BEAT_SECONDS` at most; return whether it was time to."""
+        if time.monotonic() - self._beaten < BEAT_SECONDS:
+            return False
+        self._beaten = time.monotonic()
+        self.write(f"beat.{self.node}", time.time())
+        return True
+
+    def silent(self, seconds: float) -> list[int]:
+        """Return the other nodes whose beat has not changed for ``seconds``, by this node's clock alone."""
+        now = time.monotonic()
+        for node in range(len(self.hosts)):
+            beat = str(self.read(f"beat.{node}"))
+            if self._beats.get(node, ("", 0.0))[0] != beat:
+                self._beats[node] = (beat, now)
+        return [node for node, (_, seen) in self._beats.items() if node != self.node and now - seen > seconds]
+
+    def wait(self, ready: Callable[[], bool], seconds: float) -> bool:
+        """Wait until ``ready()``, a verdict, or the time is over; beat meanwhile; return whether it is ready."""
+        deadline = time.monotonic() + seconds
+        while not ready():
+            if self.verdict() is not None or time.monotonic() > deadline:
+                return False
+            self.beat()
+            time.sleep(0.5)
+        return True
+
+    def names(self, nodes: list[int]) -> str:
+        """Return the names of these nodes for a message."""
+        return ", ".join(self.hosts[node] for node in nodes)

@@ -1,0 +1,280 @@
+"""One node of a Slurm job: checks it, starts Ray, on the first node runs the command, and leaves nothing behind.
+
+Started on every node by the one srun of slurm/launch.sh with the arguments of `rapo`. Each node writes its own verdict
+when it sees a failure; the first one stands (`rapo_verl.cluster.board`).
+"""
+
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rapo_verl.cluster import board as codes
+from rapo_verl.cluster.board import Board
+from rapo_verl.cluster.checks import check_node, disagreements, show
+from rapo_verl.cluster.ray_node import (
+    SMOKE,
+    RayNodeError,
+    claim_ports,
+    node_ip,
+    ray_folder,
+    remove_ray_folder,
+    start_ray,
+)
+from rapo_verl.cluster.smoke import run_smoke
+from rapo_verl.processes import adopt_orphans, descendants, dump_stacks, end_descendants, is_alive
+from rapo_verl.stopping import DUMP_FILE, SAVED, STALLED
+
+# Seconds from asking processes to end to killing them; below Slurm's own KillWait of 30.
+GRACE = 15.0
+# Seconds that a worker gives the first node for checking the command, beside those for joining.
+GO_SECONDS = 600.0
+TERMINATED = 143  # 128 + SIGTERM
+
+
+class JobEnds(Exception):
+    """There is a verdict; nothing is left to do but to clean up."""
+
+
+class Node:
+    """What this process does from start to end, on the first node (`head`) or another."""
+
+    def __init__(self, board: Board, command: list[str]):
+        self.board, self.command = board, command
+        self.head = board.node == 0
+        self.join_seconds = float(os.environ.get("RAPO_JOIN_SECONDS", "300"))
+        self.lost_seconds = float(os.environ.get("RAPO_LOST_SECONDS", "120"))
+        self.dumped = False
+        self.folder: Path | None = None
+        self.raylet: psutil.Process | None = None
+        self.ports: tuple[int, Any] | None = None  # with the lock that holds them while this process lives
+
+    def run(self) -> None:
+        """Do everything; returns or raises `JobEnds` once there is a verdict."""
+        self._preflight()
+        self._join()
+        self._drive_head() if self.head else self._serve()
+
+    def _end(self, code: int, reason: str, log: Path | None = None) -> None:
+        self.board.judge(code, reason, log)
+        raise JobEnds
+
+    def _say(self, text: str) -> None:
+        print(f"[{time.strftime('%T')}] {self.board.host}: {text}", flush=True)
+
+    def _preflight(self) -> None:
+        board = self.board
+        board.beat()
+        findings = check_node(board.folder)
+        board.write(f"check.{board.node}", [vars(finding) for finding in findings])
+        if self.head:
+            self._check_everyone()
+            self._check_command()
+            board.write("go", {"ip": node_ip(os.environ.get("RAPO_INTERFACE")), "port": self._claim() + SMOKE})
+        else:
+            self._await("go", self.join_seconds * 2 + GO_SECONDS)
+        problem = run_smoke(board)
+        if problem:
+            self._end(codes.PREFLIGHT, f"{board.host}: {problem}", board.log_file("smoke"))
+
+    def _check_everyone(self) -> None:
+        board, everyone = self.board, range(len(self.board.hosts))
+        if not board.wait(lambda: len(board.told("check")) == len(everyone), self.join_seconds):
+            missing = board.names([node for node in everyone if node not in board.told("check")])
+            self._end(codes.MISSING, f"no sign of {missing} in {board.folder} after {self.join_seconds:.0f} s")
+        wrong = disagreements({board.hosts[node]: told for node, told in board.told("check").items()})
+        show(wrong)
+        if wrong:
+            self._end(codes.PREFLIGHT, "; ".join(f"{f.host}: {f.what}: {f.found}; {f.mend}" for f in wrong[:3]))
+
+    def _check_command(self) -> None:
+        """Have config, data and model looked at, and the plan said, before Ray starts anywhere."""
+        code = self._drive([*self.command, "--dry-run"]) if self.command[0] == "train" else 0
+        if code or os.environ.get("RAPO_DRY_RUN"):
+            self._end(code, f"{self.command[0]} --dry-run ended with {code}", self.board.log_file("driver"))
+
+    def _await(self, name: str, seconds: float) -> Any:
+        if not self.board.wait(lambda: self.board.read(name) is not None, seconds):
+            self._end(codes.HEAD_GONE, f"{self.board.host} waited {seconds:.0f} s in vain for the first node")
+        return self.board.read(name)
+
+    def _join(self) -> None:
+        board = self.board
+        log = board.log_file("ray")
+        try:
+            ip, ports = node_ip(os.environ.get("RAPO_INTERFACE")), self._claim()
+            self.folder = ray_folder(self._tmp(), os.environ["RAPO_TAG"])
+            # vLLM and veRL look for their own address, too.
+            os.environ["VLLM_HOST_IP"] = ip
+            head = None if self.head else self._await("head", self.join_seconds)
+            start_ray(head, ip, ports, self.folder, log)
+            self.raylet = self._find_raylet()
+        except (RayNodeError, OSError) as error:
+            code = codes.HEAD_FAILED if self.head else codes.WORKER_FAILED
+            self._end(code, f"Ray does not start on {board.host}: {error}", log)
+        if self.head:
+            os.environ["RAY_ADDRESS"] = f"{ip}:{ports}"
+            board.write("head", os.environ["RAY_ADDRESS"])
+        board.write(f"joined.{board.node}", int(os.environ["RAPO_GPUS_PER_NODE"]))
+        self._say(f"Ray runs at {ip}, ports from {ports}")
+
+    def _claim(self) -> int:
+        if self.ports is None:
+            self.ports = claim_ports(int(os.environ["SLURM_JOB_ID"]), Path(self._tmp()))
+        return self.ports[0]
+
+    def _find_raylet(self) -> psutil.Process:
+        for _ in range(40):
+            found = [process for process in self._alive() if process.name() == "raylet"]
+            if found:
+                return found[0]
+            time.sleep(0.25)
+        raise RayNodeError("ray start ended well but there is no raylet")
+
+    def _tmp(self) -> str:
+        return os.environ.get("RAPO_NODE_TMP") or "/tmp"
+
+    def _watch(self) -> None:
+        """Look after this node and its neighbours, once a second."""
+        beat = self.board.beat()
+        if self.board.verdict() is not None:
+            raise JobEnds
+        if self.raylet not in self._alive():
+            self._end(codes.RAYLET_DIED, f"Ray's raylet died on {self.board.host}", self.board.log_file("ray"))
+        if not self.dumped and (self.board.folder / DUMP_FILE).exists():
+            self.dumped = True
+            dump_stacks(self.board.folder / f"stacks.{self.board.node}", self._alive())
+        if beat:
+            self._look_for_lost()
+
+    def _alive(self) -> list[psutil.Process]:
+        return [process for process in descendants() if is_alive(process)]
+
+    def _look_for_lost(self) -> None:
+        silent = self.board.silent(self.lost_seconds)
+        lost = silent if self.head else [node for node in silent if node == 0]
+        if lost:
+            self._end(codes.NODE_LOST, f"{self.board.names(lost)} has been silent for {self.lost_seconds:.0f} s")
+
+    def _serve(self) -> None:
+        while True:
+            self._watch()
+            time.sleep(1)
+
+    def _drive_head(self) -> None:
+        board, want = self.board, len(self.board.hosts)
+        if not board.wait(lambda: len(board.told("joined")) == want, self.join_seconds):
+            missing = board.names([node for node in range(want) if node not in board.told("joined")])
+            self._end(codes.MISSING, f"{missing} did not join Ray within {self.join_seconds:.0f} s")
+        self._say(f"{sum(board.told('joined').values())} GPUs on {want} node(s) have joined")
+        code = self._drive(self.command, watch=True)
+        if code not in (0, 2, *codes.REQUEUED):
+            self._was_it_a_node()
+        said = {SAVED: "saved before the last step", STALLED: "no step for too long: stacks.* beside the log"}
+        self._end(code, said.get(code, f"{self.command[0]} ended with {code}"), board.log_file("driver"))
+
+    def _drive(self, command: list[str], *, watch: bool = False) -> int:
+        """Run `rapo` and return its exit code; its output goes to the job's and to the driver's log."""
+        log = self.board.log_file("driver")
+        run = shlex.split(os.environ.get("RAPO_COMMAND", "")) or [sys.executable, "-m", "rapo_verl.cli"]
+        tee = subprocess.Popen(["tee", "-a", str(log)], stdin=subprocess.PIPE)
+        driver = subprocess.Popen([*run, *command], stdout=tee.stdin, stderr=subprocess.STDOUT)
+        assert tee.stdin is not None
+        tee.stdin.close()
+        try:
+            while driver.poll() is None:
+                if watch:
+                    self._watch()
+                    self._stop_what_cannot_save(driver)
+                time.sleep(0.5)
+        except JobEnds:
+            driver.terminate()
+            raise
+        if watch and self.command[0] != "train" and driver.returncode and self._stop_asked():
+            return SAVED
+        return driver.returncode if driver.returncode >= 0 else 128 - driver.returncode
+
+    def _stop_asked(self) -> bool:
+        return Path(os.environ["RAPO_STOP_FILE"]).exists()
+
+    def _stop_what_cannot_save(self, driver: subprocess.Popen) -> None:
+        # The trainer saves and ends by itself; an evaluation keeps each finished shard and can be ended at any time.
+        if self.command[0] != "train" and self._stop_asked():
+            driver.terminate()
+
+    def _was_it_a_node(self) -> None:
+        """Blame a lost node rather than the command that failed for want of it: wait for every node's next beat."""
+        end = time.monotonic() + self.lost_seconds + 1
+        before = self.board.told("beat")
+        while any(self.board.told("beat").get(node) == before[node] for node in before if node != 0):
+            if time.monotonic() > end or self.board.verdict() is not None:
+                break
+            self._look_for_lost()
+            time.sleep(0.5)
+        if self.board.verdict() is not None:
+            raise JobEnds
+
+    def clean_up(self) -> None:
+        """End every process that this node started and remove Ray's folder."""
+        failed = self.board.verdict() not in (0, SAVED)
+        end_descendants(GRACE)
+        if self.folder is not None:
+            keep = self.board.folder / f"ray-logs.{self.board.node}" if failed else None
+            remove_ray_folder(self.folder, keep)
+
+
+def main() -> int:
+    """Run this node's agent in a child and end whatever is left, should the agent itself be killed.
+
+    Returns:
+        0, since the verdict travels in a file; 143 after SIGTERM; 1 if the agent failed.
+    """
+    os.umask(0o077)
+    adopt_orphans()
+    board = Board(Path(os.environ["RAPO_STATE"]), int(os.environ["SLURM_NODEID"]), os.environ["RAPO_HOSTS"].split())
+    agent = os.fork()
+    if agent == 0:
+        os._exit(_run_agent(board))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent gets it, too
+    _, status = os.waitpid(agent, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, TERMINATED):
+        how = f"was killed by signal {-code}" if code < 0 else "failed: its traceback is in the job's output"
+        board.judge(codes.NO_VERDICT, f"the agent of {board.host} {how}")
+    end_descendants(GRACE)
+    return max(code, 0)
+
+
+def _run_agent(board: Board) -> int:
+    adopt_orphans()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    def terminated(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminated)
+    node = Node(board, sys.argv[1:])
+    code = 0
+    try:
+        node.run()
+    except JobEnds:
+        pass
+    except KeyboardInterrupt:
+        code = TERMINATED
+    finally:
+        node.clean_up()
+        sys.stdout.flush()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

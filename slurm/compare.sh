@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# RAPO and both baselines from one seed and data, pass@k of each and of the base model, one report:
+#   slurm/compare.sh 3b|7b [--dry-run] [overrides of all three trainings]
+# --dry-run prints the sbatch lines. Every evaluation waits for its training, the report for every evaluation.
+set -euo pipefail
+clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$clone"
+size=${1:-}
+[[ $size == 3b || $size == 7b ]] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
+shift
+dry=
+[[ ${1:-} != --dry-run ]] || { dry=1; shift; }
+env_file=${RAPO_ENV_FILE:-slurm/env}
+[[ -r $env_file ]] || { echo "no $env_file: cp slurm/env.example slurm/env and fill it in" >&2; exit 2; }
+set -a
+# shellcheck source=/dev/null
+source "$env_file"
+set +a
+
+# submit NAME [sbatch options and script..]: prints the line, and leaves the job's id in $id.
+submit() {
+    local name=$1
+    shift
+    echo "sbatch $*"
+    id="<$name>"
+    [[ -n $dry ]] || id=$(sbatch --parsable "$@")
+}
+
+evals=$clone/evals/compare_$size waits=''
+submit eval_base -J "eval_base_$size" slurm/eval_passk.sh "Qwen/Qwen2.5-${size^^}" "$evals/base"
+waits+=:$id
+for method in grpo grpo_reverse_kl rapo; do
+    name=qwen${size}_$method
+    submit "$name" "slurm/$name.sh" "$@"
+    submit "eval_$name" -J "eval_$name" --kill-on-invalid-dep=yes "--dependency=afterok:$id" \
+        slurm/eval_passk.sh "${RAPO_RUNS:?is not set in $env_file}/$name" "$evals/$method"
+    waits+=:$id
+done
+submit report --kill-on-invalid-dep=yes "--dependency=afterok$waits" slurm/eval_report.sh "$evals/report" "$evals"/{base,grpo,grpo_reverse_kl,rapo}

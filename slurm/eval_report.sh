@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=eval_report
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=02:00:00
+#SBATCH --output=%x-%j.out
+# sbatch slurm/eval_report.sh OUT EVALS..: the report of `rapo eval report`.
+out=${1:?a folder for the report}
+shift
+exec "${RAPO_CLONE:-$SLURM_SUBMIT_DIR}/slurm/launch.sh" eval report "$@" --out "$out"

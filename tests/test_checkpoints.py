@@ -1,0 +1,160 @@
+"""Checkpoints are complete or absent, and none is ever lost silently."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from rapo_verl import checkpoints
+from rapo_verl.checkpoints import CheckpointError, choose, damage, finish, identity, read_checkpoints, retain
+
+WANTED = {"model": "m", "data": "d", "world": "2 ranks, fsdp2"}
+
+
+@pytest.fixture(autouse=True)
+def umask():
+    previous = os.umask(0o022)
+    yield
+    os.umask(previous)
+
+
+def make(root, step, *, whole=True, ranks=2, **facts):
+    folder = root / f"global_step_{step}"
+    (folder / "actor").mkdir(parents=True)
+    for rank in range(ranks):
+        torch.save(torch.arange(100.0), folder / "actor" / f"model_world_size_{ranks}_rank_{rank}.pt")
+    (root / checkpoints.TRACKER).write_text(str(step))
+    if whole:
+        finish(folder, step, {**WANTED, **facts})
+    return folder
+
+
+def test_newest_complete_is_chosen_and_newer_incomplete_set_aside(tmp_path):
+    make(tmp_path, 2)
+    make(tmp_path, 4)
+    make(tmp_path, 6, whole=False)  # veRL's tracker already names it
+    step, said = choose(tmp_path, WANTED)
+    assert step == 4 and (tmp_path / checkpoints.TRACKER).read_text() == "4"
+    assert (tmp_path / "global_step_6.incomplete").is_dir() and not (tmp_path / "global_step_6").exists()
+    assert any("set aside as global_step_6.incomplete" in line for line in said)
+    assert choose(tmp_path, WANTED) == (4, [])
+
+
+@pytest.mark.parametrize("how", ["truncated", "deleted"])
+def test_damaged_newest_gives_way_to_the_one_before(tmp_path, how):
+    make(tmp_path, 2)
+    shard = make(tmp_path, 4) / "actor" / "model_world_size_2_rank_1.pt"
+    shard.unlink() if how == "deleted" else os.truncate(shard, 100)
+    step, said = choose(tmp_path, WANTED)
+    assert step == 2 and "rank_1.pt" in said[-1]
+
+
+def test_no_checkpoint_is_a_start_and_an_unfinished_first_one_is_said(tmp_path):
+    assert choose(tmp_path, WANTED) == (0, [])
+    make(tmp_path, 2, whole=False)
+    step, said = choose(tmp_path, WANTED)
+    assert step == 0 and "starting from the first step" in said[-1]
+    assert not (tmp_path / checkpoints.TRACKER).exists()
+
+
+def test_empty_tracker_is_mended(tmp_path):
+    # veRL truncates it before it writes.
+    make(tmp_path, 2)
+    (tmp_path / checkpoints.TRACKER).write_text("")
+    assert choose(tmp_path, WANTED)[0] == 2 and (tmp_path / checkpoints.TRACKER).read_text() == "2"
+
+
+def test_tracker_of_a_missing_folder_is_refused(tmp_path):
+    make(tmp_path, 2)
+    (tmp_path / checkpoints.TRACKER).write_text("8")
+    with pytest.raises(CheckpointError, match=r"names step 8, but .*global_step_8 is gone.*2 are complete"):
+        choose(tmp_path, WANTED)
+
+
+def test_nothing_but_damaged_checkpoints_is_refused(tmp_path):
+    os.truncate(make(tmp_path, 2) / "actor" / "model_world_size_2_rank_0.pt", 1)
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* is whole"):
+        choose(tmp_path, WANTED)
+    assert (tmp_path / "global_step_2").is_dir()
+
+
+@pytest.mark.parametrize("key", ["model", "data", "world"])
+def test_checkpoint_of_another_run_is_refused(tmp_path, key):
+    make(tmp_path, 2)
+    with pytest.raises(CheckpointError, match=f"its {key} is .*, this run's is other"):
+        choose(tmp_path, {**WANTED, key: "other"})
+
+
+def test_shards_that_another_node_wrote_elsewhere_are_missed(tmp_path):
+    make(tmp_path, 2, ranks=1)
+    with pytest.raises(CheckpointError, match="1 shards of 2 ranks"):
+        choose(tmp_path, WANTED)
+
+
+@pytest.mark.parametrize("which", ["root", "file"])
+def test_folder_that_others_can_write_is_refused(tmp_path, which):
+    folder = make(tmp_path, 2)
+    (tmp_path if which == "root" else folder / "actor" / "model_world_size_2_rank_0.pt").chmod(0o777)
+    with pytest.raises(CheckpointError, match="chmod -R go-w"):
+        choose(tmp_path, WANTED)
+
+
+def test_retention_counts_the_disk_and_spares_the_one_resumed_from(tmp_path):
+    for step in (2, 4, 6, 8):
+        make(tmp_path, step)
+    make(tmp_path, 10, whole=False)
+    assert retain(tmp_path, 2, never=2) == [4]
+    assert [found.step for found in read_checkpoints(tmp_path)] == [2, 6, 8, 10]
+    assert retain(tmp_path, None, never=0) == []
+
+
+def test_save_that_would_fill_the_disk_is_not_begun(tmp_path, monkeypatch):
+    checkpoints.need_room(tmp_path)  # the first has nothing to go by
+    make(tmp_path, 2)
+    checkpoints.need_room(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(CheckpointError, match=r"No space left .* 0 MiB free.*Step 2 is saved"):
+        checkpoints.need_room(tmp_path)
+
+
+def test_flipped_byte_is_found_by_verify_and_not_by_size(tmp_path):
+    shard = make(tmp_path, 2) / "actor" / "model_world_size_2_rank_0.pt"
+    raw = bytearray(shard.read_bytes())
+    at = raw.index(torch.arange(100.0).numpy().tobytes()) + 40
+    raw[at] ^= 1
+    shard.write_bytes(raw)
+    (found,) = read_checkpoints(tmp_path)
+    assert found.complete and "rank_0.pt is damaged" in damage(found)[0]
+
+
+def test_identity_changes_with_model_data_and_world(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "train.parquet").write_bytes(b"1")
+    config = OmegaConf.create(
+        {
+            "actor_rollout_ref": {"model": {"path": str(tmp_path)}, "actor": {"strategy": "fsdp2"}},
+            "data": {"train_files": str(tmp_path / "train.parquet")},
+            "trainer": {"nnodes": 2, "n_gpus_per_node": 8},
+        }
+    )
+    before = identity(config)
+    assert before["world"] == "16 ranks, fsdp2"
+    # The same ranks on other nodes are the same shards.
+    config.trainer.nnodes, config.trainer.n_gpus_per_node = 4, 4
+    assert identity(config) == before
+    (tmp_path / "train.parquet").write_bytes(b"2")
+    (tmp_path / "config.json").write_text("[]")
+    config.trainer.nnodes = 1
+    after = identity(config)
+    assert all(after[key] != before[key] for key in before)
+
+
+def test_manifest_is_the_last_file_of_a_checkpoint(tmp_path):
+    folder = make(tmp_path, 2)
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert max(written, key=written.get).name == checkpoints.MANIFEST
+    assert json.loads((folder / checkpoints.MANIFEST).read_text())["step"] == 2

@@ -1,0 +1,133 @@
+"""Stopping in time, refusing NaN, ending every process, and what is refused before a run starts."""
+
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from rapo_verl.compose import compose_config, experiments
+from rapo_verl.guards import describe, dump_batch, non_finite_metrics, non_finite_rows
+from rapo_verl.launch import _child_environment
+from rapo_verl.preflight import problems_of
+from rapo_verl.stopping import Stopping
+
+# --- stopping ---
+
+
+def test_stop_file_stops_and_its_absence_does_not(tmp_path):
+    stopping = Stopping(tmp_path / "stop", None)
+    assert stopping.reason() is None
+    (tmp_path / "stop").touch()
+    assert "stop was made" in stopping.reason()
+
+
+def test_deadline_leaves_room_for_a_step_a_save_and_the_margin():
+    stopping = Stopping(None, time.time() + 200, margin=90)
+    assert stopping.reason() is None
+    stopping.note(step=70, save=20)  # 70 + 20 + 90 < 200
+    stopping.note(step=10)
+    assert stopping.reason() is None
+    stopping.note(save=45)  # 70 + 45 + 90 > 200
+    assert "might take 205 s" in stopping.reason()
+
+
+def test_wandb_run_goes_on_under_its_id(toy_dir, tmp_path):
+    names = [f"toy_dir={toy_dir}", f"run_dir={tmp_path}"]
+    config = compose_config(["experiment=toy_rapo_cpu", *names, "trainer.logger=[wandb]"])
+    first, second = (_child_environment(config, tmp_path, 0) for _ in range(2))
+    assert first["WANDB_RUN_ID"] == second["WANDB_RUN_ID"] != "" and first["WANDB_RESUME"] == "allow"
+    assert first["RAPO_STOP_FILE"] == str(tmp_path / "stop")
+
+
+# --- numbers that are none ---
+
+
+def test_non_finite_values_count_at_unmasked_tokens_only():
+    values = torch.tensor([[1.0, float("nan")], [float("inf"), 0.0], [0.0, 1.0]])
+    mask = torch.tensor([[1, 0], [1, 1], [1, 1]])
+    assert non_finite_rows({"advantages": values, "rm_scores": torch.zeros(3, 2)}, mask) == {"advantages": [1]}
+
+
+def test_non_finite_metrics_are_the_actors():
+    metrics = {"actor/grad_norm": float("nan"), "rapo/forward_kl": 1.0, "timing_s/x": float("inf"), "actor/a": "text"}
+    assert non_finite_metrics(metrics) == ["actor/grad_norm = nan"]
+
+
+def test_dumped_batch_says_rows_tokens_and_text(tmp_path):
+    batch = {
+        "responses": torch.tensor([[5, 6], [7, 8]]),
+        "response_mask": torch.tensor([[1, 1], [1, 0]]),
+        "advantages": torch.tensor([[0.5, float("-inf")], [1.0, float("nan")]]),
+    }
+    text = "\n".join(describe(dump_batch(tmp_path, 3, batch, "why"), decode=lambda ids: f"<{ids}>"))
+    assert "step 3: why" in text and "advantages: 1 of 3 not finite; from 0.5 to 1" in text
+    assert "row 0: advantages" in text and "responses: <[5, 6]>" in text and "advantages at tokens [1]" in text
+    assert "row 1" not in text
+
+
+# --- processes ---
+
+
+def test_process_ends_with_its_killed_parent():
+    child = "import time; from rapo_verl.processes import end_with_parent; end_with_parent(); print(1); time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-uc', {child!r}]).wait()"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    (orphan,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    psutil.wait_procs([orphan], timeout=30)
+    assert not orphan.is_running()
+
+
+def test_daemon_that_left_its_parent_is_found_and_ended():
+    code = (
+        "import subprocess, sys, time\n"
+        "from rapo_verl.processes import adopt_orphans, descendants, end_descendants\n"
+        "adopt_orphans()\n"
+        "subprocess.run(['bash', '-c', 'setsid sleep 777 </dev/null >/dev/null 2>&1 & setsid bash -c \"trap : TERM; "
+        "while :; do sleep 1; done\" </dev/null >/dev/null 2>&1 &'])\n"
+        "time.sleep(0.3)\n"
+        "print(*(process.pid for process in descendants()), flush=True)\n"
+        "end_descendants(0.5)\n"
+        "assert not descendants()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) >= 2 and not any(psutil.pid_exists(pid) for pid in pids)
+
+
+# --- preflight ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["survival.stall_minutes=0"], "survival.stall_minutes is 0; allowed"),
+        (["survival.max_minutes=-1"], "survival.max_minutes is -1; allowed"),
+        (["actor_rollout_ref.rollout.tensor_model_parallel_size=3"], "does not divide the 1 ranks"),
+        (["trainer.n_gpus_per_node=3", "actor_rollout_ref.rollout.tensor_model_parallel_size=3"], "attention heads"),
+    ],
+)
+def test_preflight_names_the_setting(toy_dir, tmp_path, overrides, said):
+    config = compose_config(["experiment=toy_rapo_cpu", f"toy_dir={toy_dir}", f"run_dir={tmp_path}/run", *overrides])
+    assert any(said in problem for problem in problems_of(config))
+
+
+@pytest.mark.parametrize("experiment", experiments())
+def test_remote_code_is_off_in_every_experiment(experiment):
+    config = compose_config([f"experiment={experiment}", "actor_rollout_ref.model.path=some/model"])
+    keys = [line.split()[-1] for line in OmegaConf.to_yaml(config).splitlines() if "trust_remote_code" in line]
+    assert "false" in keys and "true" not in keys
+
+
+def test_secret_in_the_config_is_refused(toy_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "planted-secret")
+    names = [f"toy_dir={toy_dir}", f"run_dir={tmp_path}/run", "trainer.project_name=${oc.env:MY_API_KEY}"]
+    problems = problems_of(compose_config(["experiment=toy_rapo_cpu", *names]))
+    assert any("$MY_API_KEY" in problem for problem in problems) and "planted-secret" not in str(problems)
