@@ -1,5 +1,6 @@
 """End to end: real veRL, Ray, FSDP2 on gloo, vLLM, TransferQueue and weight sync, on the processor."""
 
+import json
 import os
 import signal
 import subprocess
@@ -280,3 +281,23 @@ def kill_tree(process):
         child.kill()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@pytest.mark.slow
+def test_demo_ends_in_a_report_and_goes_on_where_it_stopped(toy_dir, tmp_path):
+    base = tmp_path / "runs" / "toy" / "base0"
+    base.parent.mkdir(parents=True)
+    base.symlink_to(toy_dir)
+    short = ["--n", "16", "--problems", "12", "trainer.total_training_steps=2", "data.train_batch_size=8",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.n=4"]  # fmt: skip
+    arguments = [sys.executable, "-m", "rapo_verl.cli", "demo", "--out", "out", *short]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    for _ in range(2):
+        start = time.monotonic()
+        done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert "already trained" in done.stderr and time.monotonic() - start < 120
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [model["name"] for model in summary["models"]] == ["base", "GRPO", "RAPO"]
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(toy_dir) in " ".join(p.info["cmdline"] or [])]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rapo_verl.compose import compose_config
 from rapo_verl.evaluation.assemble import load_study, study_samples, study_settings
 from rapo_verl.launch import CONFIG_FILE, ENVIRONMENT_FILE, read_metrics, run
 from rapo_verl.preflight import problems_of
+from rapo_verl.processes import no_process_left
 from rapo_verl.report import print_table, write_report
 from rapo_verl.toy.evaluate import BASE, EXACT_FILE, HARD_FOLDER
 from rapo_verl.toy.make import MODEL_DIR, make_toy
@@ -57,22 +58,41 @@ def train(experiment: str, run_dir: Path, overrides: list[str]) -> Path:
     return model
 
 
-def evaluate(models: dict[str, Path], toy_dir: Path, out: Path, *, n: int, limit: int) -> None:
-    """Evaluate checkpoints in a process of its own: vLLM's memory goes with it.
+@contextmanager
+def evaluating(
+    models: dict[str, Path], toy_dir: Path, out: Path, *, n: int, limit: int, beside: bool
+) -> Iterator[None]:
+    """Evaluate checkpoints while the body runs, then wait; in a process of its own, with which vLLM's memory goes.
+
+    Args:
+        models: key to checkpoint.
+        toy_dir: folder made by `rapo_verl.toy.make`.
+        out: folder of the demo.
+        n: responses per problem.
+        limit: number of problems.
+        beside: leave processors and terminal to the body: low priority, and the progress bar goes to the log.
 
     Raises:
         StageError: the evaluation failed.
     """
-    command = [sys.executable, "-m", "rapo_verl.toy.evaluate", str(toy_dir), str(out), "--n", str(n)]
-    command += ["--limit", str(limit), *(f"{key}={path}" for key, path in models.items())]
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "evaluate.log"
-    # stderr stays here: it carries the progress bar.
+    names, folder = ", ".join(models), out / "eval"
+    command = [sys.executable, "-m", "rapo_verl.toy.evaluate", str(toy_dir), str(folder), "--n", str(n)]
+    command += ["--limit", str(limit), "--nice", "15" if beside else "0"]
+    command += [f"{key}={path}" for key, path in models.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"evaluate_{'_'.join(models)}.log"
     with log.open("wb") as file:
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-        code = subprocess.run(command, stdout=file, env=environment).returncode
-    if code != 0:
-        raise StageError(f"the evaluation ended with exit code {code}; see {log} and above")
+        errors = file if beside else None  # else stderr stays here: it carries the progress bar
+        child = subprocess.Popen(command, stdout=file, stderr=errors, env=environment)
+        with no_process_left(child) as running:
+            yield
+            if beside and running():
+                console.print(f"      finishing the responses of {names}, begun beside the training", highlight=False)
+            while running():
+                time.sleep(0.2)
+    if child.returncode != 0:
+        raise StageError(f"the evaluation of {names} ended with exit code {child.returncode}; see {log}")
 
 
 def write_demo_report(out: Path, labels: dict[str, str], settings: dict[str, str]) -> dict[str, Any]:
@@ -138,16 +158,22 @@ def demo(out: Path, *, seed: int = 0, n: int = 512, limit: int = 96, overrides: 
     out = out.absolute()
     toy_dir = Path(f"runs/toy/base{seed}").absolute()
     common = [f"toy_dir={toy_dir}", *(overrides or [])]
-    models = {"base": toy_dir / MODEL_DIR}
+    base = toy_dir / MODEL_DIR
+    labels = {BASE: "base", "grpo": "GRPO", "rapo": "RAPO"}
+    through = "through veRL: Ray, FSDP2 on gloo, vLLM, TransferQueue, reward loop"
     with _stage(1, 5, "the toy's problems and its base model, pre-trained on the spot"):
         make_toy(toy_dir, seed=seed)
-    for number, method in ((2, "RAPO"), (3, "GRPO")):
-        with _stage(number, 5, f"{method} through veRL: Ray, FSDP2 on gloo, vLLM, TransferQueue, reward loop"):
-            name = method.lower()
-            models[name] = train(f"toy_{name}_cpu", out / name, common)
-    labels = {"base": "base", "grpo": "GRPO", "rapo": "RAPO"}
-    with _stage(4, 5, f"{n} responses to each of {limit} held-out problems, from each model"):
-        evaluate({key: models[key] for key in labels}, toy_dir, out / "eval", n=n, limit=limit)
+    with _stage(2, 5, f"RAPO {through}"):
+        rapo = train("toy_rapo_cpu", out / "rapo", common)
+    # A training leaves a third of two cores idle: what can be sampled already is, beside it.
+    with ExitStack() as beside:
+        with _stage(3, 5, f"GRPO {through}; beside it, responses of base and RAPO"):
+            beside.enter_context(evaluating({BASE: base, "rapo": rapo}, toy_dir, out, n=n, limit=limit, beside=True))
+            grpo = train("toy_grpo_cpu", out / "grpo", common)
+        with _stage(4, 5, f"{n} responses to each of {limit} held-out problems, from each model"):
+            with evaluating({"grpo": grpo}, toy_dir, out, n=n, limit=limit, beside=False):
+                pass
+            beside.close()
     with _stage(5, 5, "the report"):
         settings = {
             f"{labels[key]}: {what}": text for key in ("grpo", "rapo") for what, text in settings_of(out / key).items()

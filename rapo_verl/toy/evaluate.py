@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rapo_verl.evaluation.plan import Sampling
 from rapo_verl.evaluation.score import score
 from rapo_verl.evaluation.session import generate_draws, read_subject
 from rapo_verl.files import write_atomic
+from rapo_verl.processes import end_with_parent
 from rapo_verl.toy.exact import success_probabilities
 from rapo_verl.toy.make import EVAL_FILE, load_problems
 from rapo_verl.verifier import VerifierSettings
@@ -58,7 +60,10 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="key=checkpoint")
     parser.add_argument("--n", type=int, required=True)
     parser.add_argument("--limit", type=int, required=True)
+    parser.add_argument("--nice", type=int, default=0, help="added to the niceness of this process and its own")
     args = parser.parse_args()
+    end_with_parent()
+    os.nice(args.nice)
     transformers.utils.logging.disable_progress_bar()  # of loading 27 tensors
     models = {key: Path(path) for key, path in (text.split("=", 1) for text in args.models)}
     evaluate(models, args.toy_dir, args.out, n=args.n, limit=args.limit)
