@@ -120,6 +120,8 @@ def head(
     target = Target(ids, target.log_prob.gather(1, order), target.log_tail)
     _check_values(labels, inverse, target, vocabulary, index)
     sweeps = _sweeps(logits, ids.shape[1])
+    if sweeps is not head_torch and logits.stride(1) != 1:
+        logits = logits.contiguous()
     chunk = chunk_rows or (chunk_size(n, columns, logits.device) if sweeps is head_torch else max(n, 1))
     how = _How(index, group, start, sweeps, chunk, gradient_in_place)
     out = _Head.apply(logits, labels.long(), inverse, target, how)

@@ -2,7 +2,8 @@
 
 One program for each token, block by block over its columns. The forward reads the logits once, with an online softmax;
 the backward reads them once and writes the gradient once, over the logits where the caller allows it. The named tokens
-ascend, so that a sweep meets each in its block and needs no mask of the size of the logits.
+ascend, so that a sweep meets each in its block and needs no mask of the size of the logits. Columns are neighbours in
+memory; `head` sees to it.
 
 Seen to compile for sm_80, sm_90 and sm_100 and to agree with torch in Triton's interpreter; not yet run on a GPU.
 """
@@ -22,9 +23,7 @@ _LOWEST = tl.constexpr(-3e38)
 
 
 @triton.jit
-def _sums_kernel(
-    logits, index, inverse, ids, out, columns, start, named, row_stride, column_stride, BLOCK: tl.constexpr
-):
+def _sums_kernel(logits, index, inverse, ids, out, columns, start, named, row_stride, BLOCK: tl.constexpr):
     """Write to out (4, tokens) of z = logits / T over this shard's columns: see `sums`."""
     token = tl.program_id(0).to(tl.int64)
     row = logits + tl.load(index + token) * row_stride
@@ -42,7 +41,7 @@ def _sums_kernel(
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         real = column < columns
-        z = tl.load(row + column * column_stride, mask=real, other=-float("inf")).to(scale.dtype) * scale
+        z = tl.load(row + column, mask=real, other=-float("inf")).to(scale.dtype) * scale
         higher = tl.maximum(peak, tl.max(z, 0))
         z -= higher
         p = tl.exp(z)
@@ -66,7 +65,7 @@ def _sums_kernel(
 @triton.jit
 def _gradient_kernel(
     logits, gradient, index, inverse, log_normaliser, shared, common, g1, g2, labels, ids, values,
-    columns, start, named, row_stride, column_stride, gradient_row_stride, gradient_column_stride, BLOCK: tl.constexpr,
+    columns, start, named, row_stride, gradient_row_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one token's logits: see `GradientTerms`."""
     token = tl.program_id(0).to(tl.int64)
@@ -84,7 +83,7 @@ def _gradient_kernel(
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         real = column < columns
-        z = tl.load(row + column * column_stride, mask=real, other=0.0).to(scale.dtype)
+        z = tl.load(row + column, mask=real, other=0.0).to(scale.dtype)
         log_p = z * scale - normaliser
         factor = tl.zeros((BLOCK,), scale.dtype) + of_others
         added = tl.where(column == label_column, of_label, 0.0)
@@ -95,7 +94,7 @@ def _gradient_kernel(
             at += 1
             next_column = tl.load(ids + at, mask=at < last, other=start + columns) - start
         found = tl.exp(log_p) * (factor - of_entropy * log_p) + added
-        tl.store(gradient_row + column * gradient_column_stride, found.to(gradient.dtype.element_ty), mask=real)
+        tl.store(gradient_row + column, found.to(gradient.dtype.element_ty), mask=real)
 
 
 def sums(
@@ -108,7 +107,7 @@ def sums(
     # Kernels are launched where the logits are, which may not be the current device.
     with torch.cuda.device_of(logits):
         _sums_kernel[(len(index),)](
-            logits, index, inverse, ids, out, columns, start, named, *logits.stride(), BLOCK=_block(columns),
+            logits, index, inverse, ids, out, columns, start, named, logits.stride(0), BLOCK=_block(columns),
             num_warps=SUMS_WARPS,
         )  # fmt: skip
     own, tail, total, mean = out
@@ -136,8 +135,8 @@ def write_gradient(
     with torch.cuda.device_of(logits):
         _gradient_kernel[(len(index),)](
             logits, gradient, index, terms.inverse.contiguous(), terms.log_normaliser, terms.shared, terms.common,
-            terms.g1, g2, terms.labels, terms.ids, terms.named, columns, start, terms.ids.shape[1], *logits.stride(),
-            *gradient.stride(), BLOCK=_block(columns), num_warps=GRADIENT_WARPS,
+            terms.g1, g2, terms.labels, terms.ids, terms.named, columns, start, terms.ids.shape[1], logits.stride(0),
+            gradient.stride(0), BLOCK=_block(columns), num_warps=GRADIENT_WARPS,
         )  # fmt: skip
     # PyTorch does not see a kernel write: this is what stops a second backward over logits that are no more.
     torch.autograd.graph.increment_version(gradient)
