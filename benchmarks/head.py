@@ -1,14 +1,17 @@
 """Time and peak memory of log-prob, entropy and top-k forward KL: ours, veRL's, and two common formulations.
 
     python benchmarks/head.py --rows 4096 --columns 38016
+    python benchmarks/head.py --device cuda --rows 8192 --columns 152064 --dtype bfloat16 --only ours "ours, in place"
 
 Forward and backward on the same logits, labels and top-k reference, one formulation after the other, in rounds. Memory
 is counted by the tensors made, in units of one fp32 [rows, columns] tensor, the logits themselves excluded: the peak in
 the forward, what is kept for the backward, and the peak in the backward with the logits' gradient. Seconds are CPU
 seconds of this process (with one thread: what an idle machine's clock would show), on a GPU those of the clock, where
 the time is also set against copying: one read of the logits and one write of as much at the measured bandwidth.
+(Forward and backward together read twice and write once, so that 1.5 is what bandwidth alone would allow.)
 
-* ours: `rapo_verl.head`. The KL has a tail bucket.
+* ours: `rapo_verl.head`, on a GPU with its Triton kernels. The KL has a tail bucket.
+* ours, in place: the same with the gradient written over the logits. ours, torch: without Triton.
 * veRL Megatron: `_lm_head_logits_processor` of its engine at TP = 1, with entropy and its top-k KL (no tail).
 * veRL FSDP: entropy (chunked), `compute_forward_kl_topk` (chunked) and log-prob, as its engine calls them (no tail).
 * NeMo-RL style: chunked log-softmax of both sides renormalised on the k tokens; entropy and log-prob by log-softmax.
@@ -24,13 +27,14 @@ import time
 import types
 import weakref
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
-from rapo_verl.head import Target, head
+from rapo_verl.head import KERNEL_VARIABLE, Target, head
 
 
 class Memory(TorchDispatchMode):
@@ -83,6 +87,18 @@ def ours(case: Case, logits: torch.Tensor) -> tuple:
     """The head of this project."""
     target = Target(case.ids, case.log_q, case.log_tail)
     return tuple(head(logits, case.labels, temperature=case.temperature, target=target))
+
+
+def ours_in_place(case: Case, logits: torch.Tensor) -> tuple:
+    """The same where the logits may be overwritten."""
+    target = Target(case.ids, case.log_q, case.log_tail)
+    return tuple(head(logits, case.labels, temperature=case.temperature, target=target, gradient_in_place=True))
+
+
+def ours_torch(case: Case, logits: torch.Tensor) -> tuple:
+    """The same without Triton."""
+    with mock.patch.dict(os.environ, {KERNEL_VARIABLE: "torch"}):
+        return ours(case, logits)
 
 
 def verl_megatron(case: Case, logits: torch.Tensor) -> tuple:
@@ -144,6 +160,8 @@ def trl_style(case: Case, logits: torch.Tensor) -> tuple:
 
 FORMULATIONS: dict[str, Callable] = {
     "ours": ours,
+    "ours, in place": ours_in_place,
+    "ours, torch": ours_torch,
     "veRL Megatron": verl_megatron,
     "veRL FSDP": verl_fsdp,
     "NeMo-RL style": nemo_rl_style,
@@ -154,8 +172,8 @@ FORMULATIONS: dict[str, Callable] = {
 def measure(run: Callable, case: Case, memory: bool) -> tuple:
     """Return (forward seconds, backward seconds, and in units: forward peak, kept, backward peak)."""
     leaf = case.logits.detach().requires_grad_(True)
-    # veRL's Megatron head writes to the logits: a copy, made before the clock starts, stands for the model's output.
-    logits = leaf.clone() if run is verl_megatron else leaf
+    # These write to the logits: a copy, made before the clock starts, stands for the model's output.
+    logits = leaf.clone() if run in (verl_megatron, ours_in_place) else leaf
     weights = torch.randn(3, len(leaf), device=leaf.device)
     wait = torch.cuda.synchronize if leaf.is_cuda else lambda: None
     clock = time.perf_counter if leaf.is_cuda else time.process_time
@@ -208,8 +226,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", nargs="+", default=list(FORMULATIONS), choices=list(FORMULATIONS))
+    parser.add_argument("--only", nargs="+", choices=list(FORMULATIONS))
     args = parser.parse_args()
+    # Without CUDA, "ours" is in torch anyway.
+    args.only = args.only or [name for name in FORMULATIONS if args.device != "cpu" or name != "ours, torch"]
     single_process_group()
     dtype, keep = getattr(torch, args.dtype), "TRL style" in args.only
     case = Case(args.rows, args.columns, args.k, dtype, args.device, keep_reference=keep)
@@ -232,7 +252,10 @@ def main() -> None:
         a, b, c = units[name]
         print(f"{name:15} {forward:10.3f} {backward:10.3f} {both:8.3f} {a:12.2f} {b:6.2f} {c:6.2f}")
     if args.device != "cpu":
-        print(f"one read and one write of the logits: {copy_seconds(case.logits):.4f} s")
+        copy = copy_seconds(case.logits)
+        print(f"one read and one write of the logits: {copy:.4f} s, of which each takes")
+        for name in args.only:
+            print(f"{name:15} {statistics.median(sum(s) for s in seconds[name]) / copy:10.2f} times")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """How the settings of docs/toy.md were chosen: the toy world in plain PyTorch, half a minute a run instead of six.
 
     python benchmarks/toy_calibration.py --toy-dir runs/toy/base0 --out runs/calibration.jsonl     # resumable
+    python benchmarks/toy_calibration.py --estimators --out runs/estimators.jsonl                  # resumable
 
 Same model, problems, batch and learning rate as recipe/experiment/toy_cpu.yaml, our loss terms and veRL's, no veRL
 trainer. Every method gets the same number of tries (TRIES), all on one pair (base 0, RL seed 0); the highest sum of
 exact pass@1 and pass@1024 wins. `benchmarks/toy_methods.py` then runs the winners through veRL on other pairs.
+With --estimators: every estimator and reading of the forward KL at RAPO's default settings, over RL seeds.
 """
 
 import argparse
@@ -20,10 +22,12 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 from verl.trainer.ppo.core_algos import kl_penalty
 
-from rapo_verl.config import ReferenceConfig
+from rapo_verl.config import ESTIMATORS, PER_TOKEN_ESTIMATORS, ReferenceConfig
 from rapo_verl.forward_kl import forward_kl_estimate
+from rapo_verl.head import Target, head
 from rapo_verl.passk import exact_pass_at_k
-from rapo_verl.reweighting import reward_to_phi
+from rapo_verl.reference_tokens import phi_nodes, reference_tokens
+from rapo_verl.reweighting import reward_to_phi, reweight_tokens
 from rapo_verl.toy.base_model import encode_prompts
 from rapo_verl.toy.exact import success_probabilities
 from rapo_verl.toy.make import load_problems
@@ -43,6 +47,14 @@ TRIES = {
         ("unbiased", 0.3, 0.8, 0.0),
     ],
 }
+# The readings beside the default, each with the best kind of either form, after all estimators of the default.
+ESTIMATOR_RUNS = [
+    *[(estimator, "token") for estimator in ESTIMATORS],
+    *[(estimator, reading) for reading in ("nucleus", "unnormalized") for estimator in ("bounded", "topk")],
+]
+ESTIMATOR_SEEDS = (0, 1, 2)
+# 64 of the 264 tokens, the default, would hold all of the mass but 1e-4: no different from `full`.
+TOP_K = 16
 
 
 @torch.no_grad()
@@ -66,10 +78,24 @@ def sample(model: Qwen2ForCausalLM, prompts: torch.Tensor, end: int) -> tuple[to
     return torch.cat(tokens, 1), torch.cat(log_probs, 1)
 
 
+def reweighted(
+    kind: str, reading: str, logits: torch.Tensor, tokens: torch.Tensor, phi: torch.Tensor, phi_min: float
+) -> tuple[torch.Tensor, Target | None]:
+    """Return log pi_hat of the sampled tokens, (responses, length), and what `reweight_tokens` makes of all others."""
+    if reading == "token" and kind not in PER_TOKEN_ESTIMATORS:
+        return (phi[:, None, None] * logits).log_softmax(-1).gather(2, tokens[..., None])[..., 0], None
+    labels, nodes = tokens.flatten(), phi_nodes(phi_min)
+    k = logits.shape[-1] if kind == "full" else TOP_K
+    found = reference_tokens(logits.flatten(0, 1), labels, k=k, nodes=nodes)
+    per_token = phi.repeat_interleave(tokens.shape[1])
+    sampled, target = reweight_tokens(found, labels, per_token, reading=reading, top_p=0.95, nodes=nodes)
+    return sampled.view_as(tokens), Target(*(x.unflatten(0, tokens.shape) for x in target))
+
+
 def regulariser(
     kind: str, log_prob: torch.Tensor, old: torch.Tensor, ref: torch.Tensor | None, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Return the loss term per token: ours, or veRL's KL of that name."""
+    """Return the loss term per sampled token: ours, or veRL's KL of that name."""
     if kind == "none" or ref is None:
         return torch.zeros_like(log_prob)
     if kind in ("low_var_kl", "k2"):
@@ -77,7 +103,9 @@ def regulariser(
     return forward_kl_estimate(log_prob, old, ref, mask, estimator=kind, rho_max=6.0).loss
 
 
-def train(toy_dir: Path, seed: int, kind: str, coef: float, phi_min: float, beta: float) -> list[float]:
+def train(
+    toy_dir: Path, seed: int, kind: str, coef: float, phi_min: float, beta: float, reading: str = "token"
+) -> list[float]:
     """Train one setting and return the exact success probability of each evaluation problem."""
     world, evaluation = load_problems(toy_dir)
     tokenizer = AutoTokenizer.from_pretrained(toy_dir / "model")
@@ -98,24 +126,27 @@ def train(toy_dir: Path, seed: int, kind: str, coef: float, phi_min: float, beta
         advantages = ((group - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-6)).view(-1, 1)
         inputs = torch.cat([prompts.repeat_interleave(GROUP, 0), tokens[:, :-1]], 1)
 
-        def log_softmax(model: Qwen2ForCausalLM, rows: torch.Tensor, phi: torch.Tensor | float = 1.0) -> torch.Tensor:
-            logits = model(inputs[rows], logits_to_keep=tokens.shape[1], use_cache=False).logits  # noqa: B023
-            return (phi * logits).log_softmax(-1)
+        def logits_of(model: Qwen2ForCausalLM, rows: torch.Tensor) -> torch.Tensor:
+            return model(inputs[rows], logits_to_keep=tokens.shape[1], use_cache=False).logits  # noqa: B023
 
-        ref = None
+        ref, target = None, None
         if kind != "none":
             phi = reward_to_phi(reward, ReferenceConfig(phi_min=phi_min))
             with torch.no_grad():
-                every = torch.arange(len(tokens))
-                ref = log_softmax(reference, every, phi[:, None, None]).gather(2, tokens[..., None])[..., 0]
+                logits = logits_of(reference, torch.arange(len(tokens)))
+            ref, target = reweighted(kind, reading, logits, tokens, phi, phi_min)
         for group_of in optimizer.param_groups:
             group_of["lr"] = LR * min(1.0, (step + 1) / WARM_UP)
         for rows_ in torch.randperm(len(tokens)).view(MINI_BATCHES, -1):
-            full, keep = log_softmax(policy, rows_), mask[rows_]
+            full, keep = logits_of(policy, rows_).log_softmax(-1), mask[rows_]
             log_prob = full.gather(2, tokens[rows_][..., None])[..., 0]
             ratio, advantage = (log_prob - old[rows_]).exp(), advantages[rows_]
             surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
-            term = regulariser(kind, log_prob, old[rows_], None if ref is None else ref[rows_], keep)
+            if kind in PER_TOKEN_ESTIMATORS:
+                of_rows = Target(*(x[rows_].flatten(0, 1) for x in target))
+                term = head(full.flatten(0, 1), tokens[rows_].flatten(), target=of_rows).forward_kl.view_as(keep)
+            else:
+                term = regulariser(kind, log_prob, old[rows_], None if ref is None else ref[rows_], keep)
             entropy = -(full.exp() * full).sum(-1)
             loss = (-surrogate + coef * term - beta * entropy)[keep].mean()
             optimizer.zero_grad()
@@ -128,12 +159,14 @@ def train(toy_dir: Path, seed: int, kind: str, coef: float, phi_min: float, beta
         return success_probabilities(folder, world, evaluation, batch_size=16).tolist()
 
 
+def shown(p: np.ndarray) -> list[float]:
+    """Return exact pass@k for KS."""
+    return [float(exact_pass_at_k(p, k).mean()) for k in KS]
+
+
 def table(results: dict[str, list[float]], base: np.ndarray) -> str:
     """Return the markdown table; the winner of each method is marked."""
     lines = ["| method | setting | " + " | ".join(f"p@{k}" for k in KS) + " | chosen |", "|---" * (len(KS) + 3) + "|"]
-
-    def shown(p: np.ndarray) -> list[float]:
-        return [float(exact_pass_at_k(p, k).mean()) for k in KS]
 
     def line(method: str, setting: str, values: list[float], mark: str) -> str:
         return f"| {method} | {setting} | " + " | ".join(f"{v:.3f}" for v in values) + f" | {mark} |"
@@ -149,30 +182,59 @@ def table(results: dict[str, list[float]], base: np.ndarray) -> str:
     return "\n".join(lines)
 
 
+def estimator_table(results: dict[int, dict[str, list[float]]], base: np.ndarray) -> str:
+    """Return the markdown table of the runs there are: mean ± standard deviation over the seeds."""
+    lines = ["| estimator | reading | seeds | " + " | ".join(f"p@{k}" for k in KS) + " |", "|---" * (len(KS) + 3) + "|"]
+    lines.append("| base | | | " + " | ".join(f"{v:.3f}" for v in shown(base)) + " |")
+    for setting, (estimator, reading) in zip(estimator_settings(), ESTIMATOR_RUNS):
+        rows = [shown(np.array(found[setting])) for found in results.values() if setting in found]
+        if rows:
+            mean, spread = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1) if len(rows) > 1 else [np.nan] * len(KS)
+            values = " | ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread))
+            lines.append(f"| `{estimator}` | {reading} | {len(rows)} | {values} |")
+    return "\n".join(lines)
+
+
+def estimator_settings() -> list[str]:
+    """Return the settings of ESTIMATOR_RUNS: RAPO's defaults but for the estimator and the reading."""
+    return [json.dumps([estimator, 0.3, 0.8, 0.0, reading]) for estimator, reading in ESTIMATOR_RUNS]
+
+
+def run_missing(out: Path, toy_dir: Path, seed: int, settings: list[str]) -> dict[str, list[float]]:
+    """Train those of the settings that the file has not, adding each to it; return all of that base and seed."""
+    results: dict[str, list[float]] = {}
+    if out.exists():
+        for text in out.read_text().splitlines():
+            record = json.loads(text)
+            if (record["toy_dir"], record["seed"]) == (str(toy_dir), seed):
+                results[record["setting"]] = record["p"]
+    for setting in tqdm([s for s in settings if s not in results], desc=f"settings of seed {seed}"):
+        results[setting] = train(toy_dir, seed, *json.loads(setting))
+        record = {"toy_dir": str(toy_dir), "seed": seed, "setting": setting, "p": results[setting]}
+        with out.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    return results
+
+
 def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy-dir", type=Path, default=Path("runs/toy/base0"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--estimators", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/calibration.jsonl"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[float]] = {}
-    if args.out.exists():
-        for text in args.out.read_text().splitlines():
-            record = json.loads(text)
-            if (record["toy_dir"], record["seed"]) == (str(args.toy_dir), args.seed):
-                results[record["setting"]] = record["p"]
-    todo = [json.dumps(t) for tries in TRIES.values() for t in tries if json.dumps(t) not in results]
-    for setting in tqdm(todo, desc="settings"):
-        results[setting] = train(args.toy_dir, args.seed, *json.loads(setting))
-        record = {"toy_dir": str(args.toy_dir), "seed": args.seed, "setting": setting, "p": results[setting]}
-        with args.out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
     world, problems = load_problems(args.toy_dir)
-    print(table(results, success_probabilities(args.toy_dir / "model", world, problems, batch_size=16)))
+    base = success_probabilities(args.toy_dir / "model", world, problems, batch_size=16)
+    if args.estimators:
+        found = {seed: run_missing(args.out, args.toy_dir, seed, estimator_settings()) for seed in ESTIMATOR_SEEDS}
+        print(estimator_table(found, base))
+    else:
+        tries = [json.dumps(t) for of_method in TRIES.values() for t in of_method]
+        print(table(run_missing(args.out, args.toy_dir, args.seed, tries), base))
 
 
 if __name__ == "__main__":

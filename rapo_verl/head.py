@@ -1,20 +1,30 @@
 """Log-probability, entropy and forward KL of a language model's head: one chunked pass, closed-form gradient.
 
-Pure torch. Nothing of the size [tokens, vocabulary] is made in the forward or kept for the backward but the logits
-themselves; the backward makes their gradient and no other such tensor. The vocabulary may be split over a process
-group (tensor parallel): one MAX and one packed SUM per chunk in the forward, nothing in the backward. All arithmetic is
-fp32 (fp64 for fp64 logits) and free of matrix products, which autocast and TF32 would round.
+Pure torch, with `rapo_verl.head_triton` for its two sweeps over the logits on CUDA. Nothing of the size
+[tokens, vocabulary] is made in the forward or kept for the backward but the logits themselves; the backward makes their
+gradient and no other such tensor. The vocabulary may be split over a process group (tensor parallel): one MAX and one
+packed SUM per chunk in the forward, nothing in the backward. All arithmetic is fp32 (fp64 for fp64 logits) and free of
+matrix products, which autocast and TF32 would round.
 """
 
+import os
+from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from rapo_verl import head_torch
+from rapo_verl.head_torch import GradientTerms
+
 # Elements of one chunk's fp32 buffer: it should stay in a processor's cache, and keep a GPU busy between launches.
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 # A chunk's buffers are about three; 1/32 of the tokens keeps them below a tenth of [tokens, vocabulary].
 CHUNKS_AT_LEAST = 32
+# On CUDA: Triton's kernels up to so many named tokens, since each costs them a pass over its block of columns; "torch"
+# in this variable of the environment keeps them out.
+TRITON_NAMED, KERNEL_VARIABLE = 512, "RAPO_HEAD_KERNEL"
 
 
 class Target(NamedTuple):
@@ -54,6 +64,7 @@ def head(
     rows: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    gradient_in_place: bool = False,
 ) -> HeadOutput:
     r"""Return log-probability, entropy and forward KL of each token under pi = softmax(logits / T).
 
@@ -68,13 +79,15 @@ def head(
         dL/dz_j = (1/T) [ p_j (g3 M - g1 - g2 (log p_j + H)) + g1 1[j = y] - g3 (q_j if j in S else p_j Q / P) ].
 
     Args:
-        logits: shape (n, vocabulary) or this rank's equal share of its columns; float, not changed.
+        logits: shape (n, vocabulary) or this rank's equal share of its columns; float, not changed in the forward.
         labels: token whose log-probability is wanted, shape (n,), int, ids of the whole vocabulary.
         temperature: T > 0, a number or shape (n,).
         target: the reference; None leaves the KL zero. Receives no gradient.
         rows: bool, shape (n,): tokens that count; the others may hold anything, NaN included, and get no gradient.
         group: process group over whose ranks, in order, the columns are split.
         chunk_rows: tokens per chunk; a choice by device where None. It changes memory and time, not the result.
+        gradient_in_place: the backward writes the gradient over the logits, for callers who know that nothing else
+            reads them after the forward: one tensor less, and one backward alone.
 
     Returns:
         `HeadOutput`.
@@ -103,9 +116,15 @@ def head(
         index = rows.nonzero()[:, 0]
         labels, inverse = labels[index], inverse[index]
         target = Target(*(field[index] for field in target))
+    ids, order = target.ids.sort(1)
+    target = Target(ids, target.log_prob.gather(1, order), target.log_tail)
     _check_values(labels, inverse, target, vocabulary, index)
-    chunk = chunk_rows or chunk_size(n, columns, logits.device)
-    out = _Head.apply(logits, labels.long(), inverse, target, index, (group, start), chunk)
+    sweeps = _sweeps(logits, ids.shape[1])
+    if sweeps is not head_torch and logits.stride(1) != 1:
+        logits = logits.contiguous()
+    chunk = chunk_rows or (chunk_size(n, columns, logits.device) if sweeps is head_torch else max(n, 1))
+    how = _How(index, group, start, sweeps, chunk, gradient_in_place)
+    out = _Head.apply(logits, labels.long(), inverse, target, how)
     if not torch.isfinite(out[1]).all():
         row = int((~torch.isfinite(out[1])).nonzero()[0])
         raise ValueError(f"the logits of row {row} hold NaN or infinity; nothing can be computed from them")
@@ -118,107 +137,88 @@ def chunk_size(n: int, columns: int, device: torch.device) -> int:
     return max(1, min(elements // columns, n // CHUNKS_AT_LEAST))
 
 
+def _sweeps(logits: torch.Tensor, named: int) -> ModuleType:
+    """Return the module whose `sums` and `write_gradient` read the logits."""
+    if not logits.is_cuda or named > TRITON_NAMED or os.environ.get(KERNEL_VARIABLE) == "torch":
+        return head_torch
+    # Here, since it needs Triton, which a machine without CUDA need not have.
+    from rapo_verl import head_triton
+
+    return head_triton
+
+
+class _How(NamedTuple):
+    """``taken``: rows of the logits to take, or None for all; the other tensors have those alone."""
+
+    taken: torch.Tensor | None
+    group: dist.ProcessGroup | None
+    start: int
+    sweeps: ModuleType
+    chunk: int
+    in_place: bool
+
+    def chunks(self, n: int) -> Iterator[tuple[slice, slice | torch.Tensor]]:
+        """Yield the places of a chunk of the n tokens, and its rows of the logits."""
+        for s in range(0, n, self.chunk):
+            part = slice(s, min(s + self.chunk, n))
+            yield part, part if self.taken is None else self.taken[part]
+
+
 class _Head(torch.autograd.Function):
-    """The three outputs of `head`; ``index`` (rows to take, or None for all) applies to the logits alone."""
+    """The three outputs of `head`."""
 
     @staticmethod
-    def forward(ctx, logits, labels, inverse, target, index, shard, chunk):
-        group, start = shard
+    def forward(ctx, logits, labels, inverse, target, how):
         n, k = len(labels), target.ids.shape[1]
         out = inverse.new_empty(3, n)
         log_normaliser, tail_ratio = inverse.new_empty(n), inverse.new_empty(n)
-        for s in range(0, n, chunk):
-            e = min(s + chunk, n)
-            ids, log_q, log_tail = (field[s:e] for field in target)
-            z = logits[slice(s, e) if index is None else index[s:e]] * inverse[s:e, None]
-            peak, packed = _sums(z, torch.cat([ids, labels[s:e, None]], 1), group, start)
-            del z  # or the next chunk is made beside it
+        for part, where in how.chunks(n):
+            ids, log_q, log_tail = (field[part] for field in target)
+            ids = torch.cat([ids, labels[part, None]], 1)
+            peak, packed = how.sweeps.sums(logits, where, inverse[part], ids, how.group, how.start)
             z_named, z_label, tail, z_mean = packed.split([k, 1, 1, 1], 1)
             # Both parts positive: no cancellation, whichever is small.
             log_mass = (tail[:, 0] + z_named.exp().sum(1)).log()
             log_p = z_named - log_mass[:, None]
             # A tail below the smallest number counts as that number: a finite KL and gradient.
             log_tail_p = tail[:, 0].clamp_min(torch.finfo(tail.dtype).tiny).log() - log_mass
-            out[0, s:e] = z_label[:, 0] - log_mass
-            out[1, s:e] = log_mass - z_mean[:, 0] / log_mass.exp()
-            out[2, s:e] = _divergence(log_q, log_p).sum(1) + _divergence(log_tail, log_tail_p)
-            log_normaliser[s:e] = peak + log_mass
-            tail_ratio[s:e] = (log_tail - log_tail_p).exp()
+            out[0, part] = z_label[:, 0] - log_mass
+            out[1, part] = log_mass - z_mean[:, 0] / log_mass.exp()
+            out[2, part] = _divergence(log_q, log_p).sum(1) + _divergence(log_tail, log_tail_p)
+            log_normaliser[part] = peak + log_mass
+            tail_ratio[part] = (log_tail - log_tail_p).exp()
         has_target = (target.log_prob.amax(1) if k else target.log_tail).maximum(target.log_tail) > -torch.inf
         out[2].masked_fill_(~has_target, 0)
         ctx.save_for_backward(logits)
-        ctx.kept = labels, inverse, target, index, start, chunk, out[1].clone(), log_normaliser, tail_ratio
+        ctx.kept = labels, inverse, target, how, out[1].clone(), log_normaliser, tail_ratio
         ctx.set_materialize_grads(False)
-        if index is not None:
-            out = out.new_zeros(3, len(logits)).index_copy_(1, index, out)
+        if how.taken is not None:
+            out = out.new_zeros(3, len(logits)).index_copy_(1, how.taken, out)
         return tuple(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
         (logits,) = ctx.saved_tensors
-        labels, inverse, target, index, start, chunk, entropy, log_normaliser, tail_ratio = ctx.kept
-        g1, g2, g3 = (torch.zeros_like(inverse) if g is None else _taken(g, index) * inverse for g in upstream)
-        mass = target.log_prob.exp().sum(1) + target.log_tail.exp()
-        common = g3 * mass - g1 - g2 * entropy
-        gradient = torch.empty_like(logits) if index is None else torch.zeros_like(logits)
-        for s in range(0, len(labels), chunk):
-            e = min(s + chunk, len(labels))
-            where = slice(s, e) if index is None else index[s:e]
-            log_p = (logits[where] * inverse[s:e, None]).sub_(log_normaliser[s:e, None])
-            local, inside = _local(target.ids[s:e], start, logits.shape[1])
-            p = log_p.exp()
-            named, log_named = p.gather(1, local), log_p.gather(1, local)
-            # The named tokens get their gradient by themselves: Q / P, which their column must not see, may be 1e8.
-            _zero_at(p, local, inside)
-            if upstream[1] is None:
-                p *= (common - g3 * tail_ratio)[s:e, None]
-            else:
-                p *= log_p.mul_(-g2[s:e, None]).add_((common - g3 * tail_ratio)[s:e, None])
-            named = named * (common[s:e, None] - g2[s:e, None] * log_named) - g3[s:e, None] * target.log_prob[s:e].exp()
-            p.scatter_add_(1, local, named * inside)
-            local, inside = _local(labels[s:e, None], start, logits.shape[1])
-            p.scatter_add_(1, local, g1[s:e, None] * inside)
-            gradient[where] = p.to(logits.dtype)
-        return gradient, None, None, None, None, None, None
+        labels, inverse, target, how, entropy, log_normaliser, tail_ratio = ctx.kept
+        g1, g2, g3 = (torch.zeros_like(inverse) if g is None else _taken(g, how.taken) * inverse for g in upstream)
+        common = g3 * (target.log_prob.exp().sum(1) + target.log_tail.exp()) - g1 - g2 * entropy
+        terms = GradientTerms(
+            labels, target.ids, inverse, log_normaliser, shared=common - g3 * tail_ratio, common=common, g1=g1,
+            g2=None if upstream[1] is None else g2, named=g3[:, None] * target.log_prob.exp(),
+        )  # fmt: skip
+        # .detach(): the gradient is no more than that, also where it lies in the logits' memory.
+        gradient = logits.detach() if how.in_place else torch.empty_like(logits)
+        if how.taken is not None:
+            others = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill_(0, how.taken, False)
+            gradient.index_fill_(0, others.nonzero()[:, 0], 0)
+        for part, where in how.chunks(len(labels)):
+            how.sweeps.write_gradient(gradient, logits, where, terms.rows(part), how.start)
+        return gradient, None, None, None, None
 
 
 def _taken(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     return values if index is None else values[index]
-
-
-def _local(ids: torch.Tensor, start: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the columns of ``ids`` in this shard and whether they are in it; those of others are column 0."""
-    local = ids - start
-    inside = (local >= 0) & (local < columns)
-    return torch.where(inside, local, 0), inside
-
-
-def _zero_at(values: torch.Tensor, local: torch.Tensor, inside: torch.Tensor) -> None:
-    """Set non-negative ``values`` to zero at the columns inside."""
-    # A minimum and not an assignment: an id of another shard, put on column 0, must not undo a zero that belongs there.
-    values.scatter_reduce_(1, local, torch.where(inside, 0.0, torch.inf).to(values.dtype), "amin")
-
-
-def _sums(z: torch.Tensor, ids: torch.Tensor, group, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the maximum m of z over all shards and, in one tensor (c, k + 3), sums over all shards; eats z.
-
-    They are z - m at ``ids`` (k and the label), the sum of e^(z - m) off all but the last id, and of (z - m) e^(z - m).
-    """
-    peak = z.amax(-1)
-    if group is not None:
-        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-    z -= peak[:, None]
-    local, inside = _local(ids, start, z.shape[1])
-    at_ids = z.gather(1, local) * inside
-    p = z.exp()
-    mean = z.mul_(p).sum(1, keepdim=True)
-    # The tail is a sum of what is left, not one minus the rest: in fp32 that is off by 33 % at a tail of 1e-5.
-    _zero_at(p, local[:, :-1], inside[:, :-1])
-    packed = torch.cat([at_ids, p.sum(1, keepdim=True), mean], 1)
-    if group is not None:
-        dist.all_reduce(packed, group=group)
-    return peak, packed
 
 
 def _divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
@@ -254,11 +254,11 @@ def _check_shapes(logits, labels, temperature, target, rows) -> tuple[int, int]:
 
 
 def _check_values(labels, inverse, target, vocabulary, index) -> None:
-    ordered = target.ids.sort(1).values
+    """Refuse what `head` says it refuses; the target's ids ascend."""
     problems = {
         f"a label outside the vocabulary of {vocabulary}": (labels < 0) | (labels >= vocabulary),
         f"a target id outside the vocabulary of {vocabulary}": ((target.ids < 0) | (target.ids >= vocabulary)).any(1),
-        "a target id twice": (ordered[:, 1:] == ordered[:, :-1]).any(1),
+        "a target id twice": (target.ids[:, 1:] == target.ids[:, :-1]).any(1),
         "a temperature that is not positive and finite": ~(torch.isfinite(inverse) & (inverse > 0)),
         "a target log-probability that is NaN or +inf": ~(
             (target.log_prob < torch.inf).all(1) & (target.log_tail < torch.inf)

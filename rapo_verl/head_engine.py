@@ -90,7 +90,9 @@ def run_head(
         nodes = phi_nodes(tu.get_non_tensor_data(micro_batch, "rapo_phi_min", default=None))
         tokens = reference_tokens(logits, labels, k=k or _whole_vocabulary(logits, group), nodes=nodes, **options)
         return {"log_probs": tokens.label_log_prob, **dict(zip(FIELDS, tokens[1:]))}
-    out = head(logits, labels, target=Target(*(micro_batch[name].values()[token] for name in FIELDS)), **options)
+    target = Target(*(micro_batch[name].values()[token] for name in FIELDS))
+    # Nothing reads a model's logits after us; an operation that had saved them would stop with an error of autograd's.
+    out = head(logits, labels, target=target, gradient_in_place=True, **options)
     found = {"log_probs": out.log_prob, "forward_kl": out.forward_kl}
     if tu.get_non_tensor_data(micro_batch, "calculate_entropy", default=False):
         found["entropy"] = out.entropy
@@ -127,7 +129,8 @@ class FSDPHead:
             index = torch.nn.functional.pad(index, (0, padding))
             if self.use_ulysses_sp:
                 index = slice_input_tensor(index, dim=0, padding=False)
-            found = run_head(logits[0], labels, output_args["temperature_rmpad"], index, micro_batch)
+            # squeeze and not [0], whose backward makes and fills another tensor of this size.
+            found = run_head(logits.squeeze(0), labels, output_args["temperature_rmpad"], index, micro_batch)
             found = {name: self._gather_and_unpad_packed(value, padding) for name, value in found.items()}
         else:
             width = logits.shape[1]

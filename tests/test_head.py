@@ -22,12 +22,12 @@ SINGLE = {"rtol": 1e-5, "atol": 1e-5}
 class Case:
     """Logits, labels, temperatures and a target, with the k most likely tokens of another distribution named."""
 
-    def __init__(self, *, k=K, dtype=torch.float64, seed=0, rows=ROWS, scale=3.0, mass=1.0):
+    def __init__(self, *, k=K, dtype=torch.float64, seed=0, rows=ROWS, scale=3.0, mass=1.0, vocabulary=VOCABULARY):
         generator = torch.Generator().manual_seed(seed)
-        self.logits = (scale * torch.randn(rows, VOCABULARY, dtype=torch.float64, generator=generator)).to(dtype)
-        self.labels = torch.randint(0, VOCABULARY, (rows,), generator=generator)
+        self.logits = (scale * torch.randn(rows, vocabulary, dtype=torch.float64, generator=generator)).to(dtype)
+        self.labels = torch.randint(0, vocabulary, (rows,), generator=generator)
         self.temperature = 0.5 + torch.rand(rows, dtype=torch.float64, generator=generator)
-        other = torch.randn(rows, VOCABULARY, dtype=torch.float64, generator=generator) * scale
+        other = torch.randn(rows, vocabulary, dtype=torch.float64, generator=generator) * scale
         self.log_q = torch.log_softmax(other, -1) + torch.tensor(mass, dtype=torch.float64).log()
         top = self.log_q.topk(k, -1)
         self.target = Target(top.indices.int(), top.values, off(self.log_q, top.indices))
@@ -56,7 +56,7 @@ def by_autograd(case: Case, logits=None, temperature=None) -> tuple[HeadOutput, 
     q, q_tail = case.target.log_prob.double().exp(), case.target.log_tail.double().exp()
     p, p_tail = log_p.gather(1, ids).exp(), off(log_p, ids).exp()
     kl = (q * (case.target.log_prob.double() - log_p.gather(1, ids)) - q + p).sum(1)
-    if ids.shape[1] < VOCABULARY:
+    if ids.shape[1] < logits.shape[1]:
         kl = kl + q_tail * (case.target.log_tail.double() - off(log_p, ids)) - q_tail + p_tail
     out = HeadOutput(log_p.gather(1, case.labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(1), kl)
     sum((w * x).sum() for w, x in zip(case.weights, out)).backward()
@@ -130,6 +130,22 @@ def test_input_is_not_changed():
     before = logits.detach().clone()
     sum(x.sum() for x in head(logits, case.labels, target=case.target)).backward()
     assert torch.equal(logits.detach(), before) and logits._version == 0
+
+
+@pytest.mark.parametrize("some_rows", [False, True])
+def test_gradient_in_place_of_the_logits_is_the_same_and_cannot_be_taken_twice(some_rows):
+    case = Case()
+    rows = torch.arange(ROWS) % 3 != 1 if some_rows else None
+    _, want = case.run(rows=rows)
+    leaf = case.logits.clone().requires_grad_(True)
+    logits = leaf * 1.0  # a result, as a model's logits are
+    out = head(logits, case.labels, temperature=case.temperature, target=case.target, rows=rows, chunk_rows=3,
+               gradient_in_place=True)  # fmt: skip
+    loss = sum((w * x).sum() for w, x in zip(case.weights, out))
+    loss.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, want) and torch.equal(logits.detach(), want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_a_target_without_mass_gives_no_kl_and_no_gradient():
@@ -298,22 +314,26 @@ def test_two_outputs_of_one_head_share_one_backward():
 # --- memory ---
 
 
-@pytest.mark.parametrize(("dtype", "backward"), [(torch.float32, 1.15), (torch.bfloat16, 0.65)])
+@pytest.mark.parametrize(
+    ("dtype", "in_place", "backward"),
+    [(torch.float32, False, 1.15), (torch.bfloat16, False, 0.65), (torch.float32, True, 0.15)],
+)
 @pytest.mark.parametrize("some_rows", [False, True])
-def test_memory_stays_within_its_budget(dtype, backward, some_rows):
+def test_memory_stays_within_its_budget(dtype, in_place, backward, some_rows):
     from benchmarks.head import Memory
 
     n, vocabulary, k = 2048, 4096, 8
     logits = torch.randn(n, vocabulary).to(dtype).requires_grad_(True)
+    logits = logits * 1.0 if in_place else logits
     top = torch.log_softmax(torch.randn(n, vocabulary), -1).topk(k, -1)
     target = Target(top.indices, top.values, (1 - top.values.exp().sum(1)).log())
     labels = torch.randint(0, vocabulary, (n,))
     rows = torch.arange(n) % 5 > 0 if some_rows else None
     with Memory() as memory:
-        out = head(logits, labels, target=target, rows=rows, chunk_rows=n // 32)
+        out = head(logits, labels, target=target, rows=rows, chunk_rows=n // 32, gradient_in_place=in_place)
         forward, saved = memory.peak, memory.live
         memory.peak = memory.live
-        sum(x.sum() for x in out).backward()
+        torch.autograd.grad(sum(x.sum() for x in out), logits)
     unit = n * vocabulary * 4
     assert forward / unit <= 0.10 and saved / unit <= 0.01 and memory.peak / unit <= backward
 

@@ -153,6 +153,22 @@ def test_reference_pass_then_actor_pass_give_the_kl_of_each_response_token(remov
     assert sum(float(x.grad[: p - 1].abs().sum() + x.grad[-1].abs().sum()) for x, p in zip(logits, PROMPTS)) == 0
 
 
+def test_gradient_takes_the_logits_memory_on_its_way_to_the_model():
+    batch, made = Batch(), engine()
+    data = with_target(batch.data(), batch.target())
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(*size, generator=generator) for size in ((19, 3), (3, VOCABULARY)))
+    logits = hidden @ weight.requires_grad_(True)
+    leaf = logits.detach().clone().requires_grad_(True)
+    for x in (logits, leaf):
+        _, output_args = made.prepare_model_inputs(data)
+        # A result, as a model's: what is saved for the backward may be written to, the leaf not.
+        output = types.SimpleNamespace(logits=x[None] if x is logits else x[None] * 1)
+        rows_of(made.prepare_model_outputs(output, output_args, data, None)["forward_kl"]).sum().backward()
+    assert torch.equal(logits.detach(), leaf.grad) and leaf.grad.abs().sum() > 0
+    torch.testing.assert_close(weight.grad, hidden.T @ leaf.grad, **CLOSE)
+
+
 def test_nucleus_changes_only_the_sampled_log_probs_of_a_sample_estimator():
     batch, made = Batch(), engine()
     data = batch.data()
