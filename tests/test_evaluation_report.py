@@ -151,6 +151,19 @@ def test_unjudged_folder_and_no_folder_are_refused_with_the_command(tmp_path):
     assert rapo("watch", tmp_path / "new", "--every", 0).output.endswith(": complete\n")
 
 
+def test_report_with_score_judges_first_what_is_not_judged(tmp_path):
+    for name, changes in (("base", {}), ("rapo", {"model": "1" * 64}), ("base_draw2", {"draw": 2})):
+        run(draw(tmp_path / name, **changes), StubEngine())
+    evals = [tmp_path / name for name in ("base", "rapo", "base_draw2")]
+    assert rapo("score", evals[1], "--strictness", "integer", "--jobs", 1).exit_code == 0
+    wish = ("report", *evals[:2], "--hard-from", evals[2], "--out", tmp_path / "r", "--score")
+    done = rapo(*wish, "--strictness", "integer", "--draws", 20)
+    assert done.exit_code == 0, done.output
+    judged = [int(count) for count in re.findall(rf": (\d+) of {PROBLEMS} problems judged", done.output)]
+    assert judged == [PROBLEMS, 0, PROBLEMS]
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["hard"]["draw_seed"] == 2
+
+
 def test_command_line_starts_without_heavy_imports():
     code = (
         "import sys; from rapo_verl.cli import app; heavy = {'torch', 'vllm', 'ray', 'transformers', 'numpy'}; "
