@@ -77,6 +77,7 @@ def eval_generate(
     try:
         sampling = Sampling(**chosen, stop_token_ids=tuple(stop_id or ()), logprobs=logprobs)  # type: ignore[arg-type]
         subject = read_subject(model, [*data, *(more or [])], sampling, limit=limit)
+        print(f"model: {subject.model}", flush=True)
         sampled = subject.draw(out, n=samples, draw=draw, shard=shard)
         options = {key: _value(value) for key, value in (text.split("=", 1) for text in engine_arg or [])}
         spec = EngineSpec(str(subject.folder), subject.longest, tensor_parallel, options)
@@ -93,8 +94,7 @@ def eval_generate(
         raise typer.Exit(FAILED) from error
     if damaged:
         print(f"{len(damaged)} damaged shard(s) were made again; the old files end in .damaged", file=sys.stderr)
-    print(f"{out}: {samples} samples of each of {len(subject.problems)} problems from {subject.model}")
-    print(f"next: rapo eval score {out}")
+    print(f"{out}: {samples} samples of each of {len(subject.problems)} problems; next: rapo eval score {out}")
 
 
 def _score(folders: list[Path], strictness: str, deadline: float, jobs: int | None) -> None:
