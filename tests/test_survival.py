@@ -110,8 +110,11 @@ def test_daemon_that_left_its_parent_is_found_and_ended():
     [
         (["survival.stall_minutes=0"], "survival.stall_minutes is 0; allowed"),
         (["survival.max_minutes=-1"], "survival.max_minutes is -1; allowed"),
-        (["actor_rollout_ref.rollout.tensor_model_parallel_size=3"], "does not divide the 1 ranks"),
-        (["trainer.n_gpus_per_node=3", "actor_rollout_ref.rollout.tensor_model_parallel_size=3"], "attention heads"),
+        (
+            ["actor_rollout_ref.rollout.tensor_model_parallel_size=3"],
+            "tensor_model_parallel_size 3 does not divide 1 GPUs",
+        ),
+        (["trainer.n_gpus_per_node=3"], "does not divide by 3 data-parallel ranks"),
     ],
 )
 def test_preflight_names_the_setting(toy_dir, tmp_path, overrides, said):
