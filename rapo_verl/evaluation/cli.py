@@ -53,6 +53,7 @@ def eval_generate(
     ] = None,
     draw: Annotated[int, typer.Option(help="number of the draw: another one has other seeds throughout")] = 1,
     shard: Annotated[int, typer.Option(help="samples a file")] = 128,
+    part: Annotated[str, typer.Option(help="i/count: the i-th part, for processes side by side; from 0")] = "0/1",
     limit: Annotated[int | None, typer.Option(help="only the first problems of each file")] = None,
     logprobs: Annotated[bool, typer.Option(help="keep each response's cumulative log-prob")] = True,
     tensor_parallel: Annotated[int, typer.Option(help="GPUs of one engine")] = 1,
@@ -73,12 +74,16 @@ def eval_generate(
     bad = [text for text in engine_arg or [] if "=" not in text]
     if bad or ray not in (None, "auto", "local"):
         raise _refuse(f"--engine-arg takes key=value, --ray auto or local; got {bad or ray}")
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise _refuse(f"--part is {part!r}; allowed: i/count with 0 <= i < count")
     samples = int(chosen.pop("n"))
     try:
         sampling = Sampling(**chosen, stop_token_ids=tuple(stop_id or ()), logprobs=logprobs)  # type: ignore[arg-type]
         subject = read_subject(model, [*data, *(more or [])], sampling, limit=limit)
         print(f"model: {subject.model}", flush=True)
         sampled = subject.draw(out, n=samples, draw=draw, shard=shard)
+        sampled.part = int(index), int(count)
         options = {key: _value(value) for key, value in (text.split("=", 1) for text in engine_arg or [])}
         spec = EngineSpec(str(subject.folder), subject.longest, tensor_parallel, options)
         if ray is not None:
@@ -92,6 +97,8 @@ def eval_generate(
     except GenerationError as error:
         print(f"rapo eval: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from error
+    if int(count) > 1:
+        print(f"part {part} is complete; the others are made by other processes")
     if damaged:
         print(f"{len(damaged)} damaged shard(s) were made again; the old files end in .damaged", file=sys.stderr)
     print(f"{out}: {samples} samples of each of {len(subject.problems)} problems; next: rapo eval score {out}")

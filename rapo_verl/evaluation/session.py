@@ -130,5 +130,5 @@ def generate_draws(draws: Sequence[Draw], fleet: Fleet, *, label: str) -> list[s
     with ExitStack() as stack:
         stack.enter_context(bar)
         for draw in draws:
-            stack.enter_context(draw.store.locked())
+            stack.enter_context(draw.store.locked(draw.part))
         return asyncio.run(generate(draws, fleet, started=started, done=done))
