@@ -9,7 +9,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=%x-%A_%a.out
+#SBATCH --output=%x-%j.out
 # sbatch [--nodes=N] [--array=0-7] slurm/eval_passk.sh MODEL [OUT] [options of `rapo eval generate`]: an engine for every GPU.
 # Each task of an array makes its part of the samples in OUT. Without --data: data/aime24.parquet and aime25.parquet here.
 clone=${RAPO_CLONE:-$SLURM_SUBMIT_DIR} model=${1:?a model folder, run folder or hub id} out=$SLURM_SUBMIT_DIR/evals/$(basename "$1")

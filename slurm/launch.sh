@@ -163,7 +163,7 @@ main() {
         say "job $SLURM_JOB_ID attempt $attempt ended with code $code: $reason"
         if [[ $code != "$SAVED" && -s $log ]]; then
             say "read $log; its first error:"
-            grep -nEm1 '(Error|Exception|ERROR|FATAL|CUDA|[Ff]ailed|Killed|No space|problem\(s\)|refused|rror:)' "$log" | cut -c1-400 ||
+            grep -nEm1 '(Error|Exception|ERROR|FATAL|CUDA|[Ff]ailed|Killed|low on memory|No space|problem\(s\)|refused|rror:)' "$log" | cut -c1-400 ||
                 tail -n 3 "$log"
         fi
     else

@@ -95,8 +95,12 @@ class Cluster:
 @dataclass
 class Job:
     cluster: Cluster
-    id: int
+    id: int | str
     name: str
+
+    def task(self, number: int) -> "Job":
+        """Return a task of an array."""
+        return Job(self.cluster, f"{self.id}_{number}", self.name)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -109,7 +113,7 @@ class Job:
 
     @property
     def output(self) -> str:
-        path = self.cluster.work / f"{self.name}-{self.id}.out"
+        path = self.cluster.work / f"{self.name}-{self.facts['JobId']}.out"
         return path.read_text() if path.exists() else ""
 
     @property
