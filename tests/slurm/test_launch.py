@@ -54,6 +54,13 @@ def test_dead_raylet_ends_the_job(cluster, host):
     assert f"raylet died on {host}" in job.ended("FAILED", 94)
 
 
+def test_all_reduce_over_the_nodes_runs_before_ray(cluster):
+    job = cluster.submit("smoke", options=TWO, STEPS=1, RAPO_SMOKE="gloo", RAPO_GPUS_PER_NODE=1)
+    job.ended("COMPLETED", 0, timeout=400)
+    (log,) = (job.run_dir / "slurm" / "latest").glob("smoke.0.*.log")
+    assert "all-reduce of 64 MiB over 2 ranks" in log.read_text()
+
+
 def test_killed_trainer_gives_137(cluster):
     job = cluster.submit("killed", options=TWO, STEP_SECONDS=1, STEPS=50).until("step 2")
     cluster.on(1, "bash", "-c", "kill -9 $(pgrep -f [s]tub_trainer.py)")
