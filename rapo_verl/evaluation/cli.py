@@ -97,10 +97,11 @@ def eval_generate(
     except GenerationError as error:
         print(f"rapo eval: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from error
-    if int(count) > 1:
-        print(f"part {part} is complete; the others are made by other processes")
     if damaged:
         print(f"{len(damaged)} damaged shard(s) were made again; the old files end in .damaged", file=sys.stderr)
+    if int(count) > 1:
+        print(f"{out}: part {part} is complete; the others are made by other processes")
+        return
     print(f"{out}: {samples} samples of each of {len(subject.problems)} problems; next: rapo eval score {out}")
 
 
