@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from rapo_verl.cli import app
-from rapo_verl.compose import compose_config
+from rapo_verl.compose import compose_config, experiments
 
 CLONE = Path(__file__).parent.parent
 SCRIPTS = sorted((CLONE / "slurm").glob("*.sh"))
@@ -101,15 +101,15 @@ def test_report_script_gives_what_the_command_takes(tmp_path):
     assert [str(path) for path in given["folders"]] == ["base", "rapo"]
 
 
-@pytest.mark.parametrize(
-    "script", [script for script in SCRIPTS if script.name.startswith("qwen")], ids=lambda s: s.stem
-)
-def test_training_script_names_a_recipe_and_its_nodes(script):
-    text = script.read_text()
-    (experiment,) = re.findall(r"experiment=(\S+)", text)
-    trainer = compose_config([f"experiment={experiment}"]).trainer
-    # launch.sh sets the two from the job: what tests/test_recipes.py checks is then what the script runs.
-    assert f"--nodes={trainer.nnodes}\n" in text and f"--gpus-per-node={trainer.n_gpus_per_node}\n" in text
+@pytest.mark.parametrize("size", ["3b", "7b"])
+def test_training_scripts_name_recipes_and_their_nodes(size):
+    # The methods of a size differ in the method only: tests/test_recipes.py, which also dry-runs them. launch.sh sets
+    # the two numbers from the job, so that what was checked there is what runs here.
+    trainer = compose_config([f"experiment=qwen2.5_{size}_rapo"]).trainer
+    for method in ("rapo", "grpo", "grpo_reverse_kl"):
+        text = (CLONE / "slurm" / f"qwen{size}_{method}.sh").read_text()
+        assert f" train experiment=qwen2.5_{size}_{method} " in text and f"qwen2.5_{size}_{method}" in experiments()
+        assert f"--nodes={trainer.nnodes}\n" in text and f"--gpus-per-node={trainer.n_gpus_per_node}\n" in text
 
 
 def test_comparison_without_the_clusters_facts_says_what_to_do(tmp_path):
