@@ -6,7 +6,8 @@ from pathlib import Path
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name beside it, flush it to disk, then rename it over the target."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Two machines may write one file of a shared folder, from processes of one number.
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:
         with open(temporary, "wb") as stream:

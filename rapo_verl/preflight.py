@@ -37,9 +37,11 @@ def problems_of(config: DictConfig) -> list[str]:
         found += str(error).splitlines()
     if rapo is not None:
         found += _check_method(config, rapo)
-    found += _check_cpu(config) + _check_megatron(config) + _check_model(config) + _check_data(config)
-    found += _check_reward(config) + _check_run_dir(config) + _check_survival(config) + _check_layout(config)
-    found += _check_secrets(config)
+    model = _check_model(config)
+    found += _check_cpu(config) + _check_megatron(config) + model + _check_data(config) + _check_reward(config)
+    found += _check_run_dir(config) + _check_survival(config) + _check_secrets(config)
+    if not model:
+        found += _check_layout(config)
     return found + _check_with_verl(config)
 
 
@@ -193,7 +195,7 @@ def _check_data(config: DictConfig) -> list[str]:
 
 def _check_parquet(key: str, file: str) -> tuple[list[str], int]:
     if not Path(file).is_file():
-        return [f"{key}: {file} does not exist; the toy's data is made by `rapo toy make`"], 0
+        return [f"{key}: {file} does not exist; made by `rapo data prepare`, the toy's by `rapo toy make`"], 0
     try:
         parquet = pq.ParquetFile(file)
     except (OSError, ValueError) as error:
@@ -241,32 +243,15 @@ def _check_survival(config: DictConfig) -> list[str]:
 
 
 def _check_layout(config: DictConfig) -> list[str]:
-    """Return where the world does not divide; veRL checks it only without dynamic batches (utils/config.py)."""
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    heads = _attention_heads(config.actor_rollout_ref.model.path)
-    splits = {"actor_rollout_ref.rollout.tensor_model_parallel_size": rollout.tensor_model_parallel_size}
-    found = []
-    if actor.strategy == "megatron":
-        sizes = [actor.megatron[f"{kind}_model_parallel_size"] for kind in ("tensor", "pipeline")]
-        product = sizes[0] * sizes[1] * actor.megatron.context_parallel_size
-        splits["actor_rollout_ref.actor.megatron.tensor_model_parallel_size"] = sizes[0]
-        if ranks % product:
-            found.append(
-                f"TP * PP * CP of actor_rollout_ref.actor.megatron is {product}, which does not divide the {ranks} "
-                f"ranks of trainer.nnodes * trainer.n_gpus_per_node; change one of them"
-            )
-    for key, size in splits.items():
-        if ranks % size:
-            found.append(f"{key} is {size}, which does not divide the {ranks} ranks of this run")
-        if heads and heads % size:
-            found.append(f"{key} is {size}, which does not divide the model's {heads} attention heads")
-    return found
+    """Return where world, model and batches do not divide; veRL looks only without dynamic batches."""
+    from rapo_verl.plan.job import job_of, violations
+    from rapo_verl.plan.model import shape_of
 
-
-def _attention_heads(model: str) -> int | None:
-    path = Path(model) / "config.json"
-    return json.loads(path.read_text()).get("num_attention_heads") if path.is_file() else None
+    try:
+        shape = shape_of(config.actor_rollout_ref.model.path)
+    except ValueError:
+        return []  # no dense decoder: `rapo plan` does not know its layout
+    return violations(job_of(config), shape)
 
 
 def _check_secrets(config: DictConfig) -> list[str]:

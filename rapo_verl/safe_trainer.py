@@ -88,8 +88,8 @@ class SafeTrainerMixin(PPOTrainer):
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1827: the last moment before the optimizer steps.
         self._refuse_non_finite(batch)
         batch = super()._update_actor(batch, metrics)
-        # FSDP leaves out a step on a non-finite norm and goes on (workers/engine/fsdp/transformer_impl.py:823);
-        # Megatron takes it. Either way nothing of it is saved.
+        # FSDP leaves out a step on a non-finite norm and goes on (workers/engine/fsdp/transformer_impl.py:823); our
+        # Megatron engine raises before it (rapo_verl/megatron.py). Nothing of such a step is saved.
         bad = guards.non_finite_metrics(metrics)
         if bad:
             self._stop_on(batch, f"after the update, {', '.join(bad)}")

@@ -16,6 +16,13 @@ set -a
 # shellcheck source=/dev/null
 source "$env_file"
 set +a
+base=Qwen/Qwen2.5-${size^^}
+for set in aime24 aime25; do
+    [[ -n $dry || -r data/$set.parquet ]] || {
+        echo "no data/$set.parquet: rapo data prepare aime24 aime25 --model $base --out data" >&2
+        exit 2
+    }
+done
 
 # submit NAME [sbatch options and script..]: prints the line, and leaves the job's id in $id.
 submit() {
@@ -27,7 +34,10 @@ submit() {
 }
 
 evals=$clone/evals/compare_$size waits=''
-submit eval_base -J "eval_base_$size" slurm/eval_passk.sh "Qwen/Qwen2.5-${size^^}" "$evals/base"
+submit eval_base -J "eval_base_$size" slurm/eval_passk.sh "$base" "$evals/base"
+waits+=:$id
+# Another draw of the base chooses Hard: docs/evaluating.md.
+submit eval_base_draw2 -J "eval_base_draw2_$size" slurm/eval_passk.sh "$base" "$evals/base_draw2" --draw 2
 waits+=:$id
 for method in grpo grpo_reverse_kl rapo; do
     name=qwen${size}_$method
@@ -36,4 +46,5 @@ for method in grpo grpo_reverse_kl rapo; do
         slurm/eval_passk.sh "${RAPO_RUNS:?is not set in $env_file}/$name" "$evals/$method"
     waits+=:$id
 done
-submit report --kill-on-invalid-dep=yes "--dependency=afterok$waits" slurm/eval_report.sh "$evals/report" "$evals"/{base,grpo,grpo_reverse_kl,rapo}
+submit report --kill-on-invalid-dep=yes "--dependency=afterok$waits" slurm/eval_report.sh "$evals/report" \
+    "$evals"/{base,grpo,grpo_reverse_kl,rapo} --hard-from "$evals/base_draw2"

@@ -106,8 +106,6 @@ main() {
     RAPO_DEADLINE=$(date -d "$end" +%s 2>/dev/null || true)
     export RAPO_DEADLINE RAPO_STOP_FILE=$RAPO_STATE/stop PYTHONPATH=$clone${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
     export RAPO_JOIN_SECONDS=${RAPO_JOIN_SECONDS:-300}
-    # veRL refuses ROCR_VISIBLE_DEVICES beside CUDA's.
-    unset ROCR_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ZE_AFFINITY_MASK
 
     saved_step() { cat "$run_dir/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
     before=$(saved_step)
@@ -116,11 +114,13 @@ main() {
     say "job $SLURM_JOB_ID attempt $attempt on ${hosts[*]}: rapo $*"
     say "logs: $RAPO_STATE"
     [[ -z $stop_asked ]] || touch "$RAPO_STOP_FILE"
-    # In argv and not in a file, which a node without the shared filesystem could not read.
+    # In argv and not in a file, which a node without the shared filesystem could not read. Slurm sets the variables of
+    # every maker of GPUs in each task, and veRL refuses ROCR_VISIBLE_DEVICES beside CUDA's.
     # shellcheck disable=SC2016
     agent='[[ -r $RAPO_STATE/canary ]] || {
         echo "rapo: $(hostname) does not see $RAPO_STATE: is its filesystem shared and mounted?" >&2
         sleep $((RAPO_JOIN_SECONDS + 300)); exit 98; } # the first node names it sooner
+    unset ROCR_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ZE_AFFINITY_MASK
     exec python -m rapo_verl.cluster.node "$@"'
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
         --kill-on-bad-exit=1 --wait="${RAPO_END_SECONDS:-120}" \
@@ -163,7 +163,7 @@ main() {
         say "job $SLURM_JOB_ID attempt $attempt ended with code $code: $reason"
         if [[ $code != "$SAVED" && -s $log ]]; then
             say "read $log; its first error:"
-            grep -nEm1 '(Error|Exception|ERROR|FATAL|CUDA|[Ff]ailed|Killed|No space|problem\(s\)|refused|rror:)' "$log" | cut -c1-400 ||
+            grep -nEm1 '(Error|Exception|ERROR|FATAL|CUDA|[Ff]ailed|Killed|low on memory|No space|problem\(s\)|refused|rror:)' "$log" | cut -c1-400 ||
                 tail -n 3 "$log"
         fi
     else

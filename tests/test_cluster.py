@@ -84,9 +84,3 @@ def test_node_check_is_fast_and_sees_a_folder_it_cannot_write(monkeypatch, tmp_p
 def test_node_check_imports_nothing_heavy():
     code = "import sys, rapo_verl.cluster.node; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'verl')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_smoke_sums_over_ranks():
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "rapo_verl.cluster.smoke"]
-    done = subprocess.run([sys.executable, *command, "gloo"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "over 2 ranks" in done.stdout, done.stderr

@@ -166,6 +166,22 @@ def test_second_process_on_one_folder_is_refused(tmp_path):
         pass
 
 
+def test_parts_run_side_by_side_and_make_every_shard_once(tmp_path):
+    drawn = [replace(draw(tmp_path), part=(i, 3)) for i in range(3)]
+    with drawn[0].store.locked((0, 3)), drawn[1].store.locked((1, 3)):
+        for part in ((0, 1), (1, 3)):  # the whole folder, and a part that is taken
+            with pytest.raises(PlanError, match="another process generates"), drawn[0].store.locked(part):
+                pass
+    made = []
+    for one in drawn:
+        engine = StubEngine()
+        run(one, engine)
+        made.append(engine.made)
+        assert {job.problem for job in one.jobs} == set(range(PROBLEMS))
+    assert sum(made) == SHARDS and max(made) - min(made) <= 1
+    assert draw(tmp_path).store.missing(plan().jobs) == ([], [])
+
+
 def test_no_two_samples_of_any_draws_share_a_seed():
     seeds = sorted(job.seed for number in (1, 2, 3) for job in plan(draw=number).jobs)
     assert len(seeds) == 3 * SHARDS

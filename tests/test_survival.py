@@ -1,5 +1,7 @@
 """Stopping in time, refusing NaN, ending every process, and what is refused before a run starts."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -110,8 +112,11 @@ def test_daemon_that_left_its_parent_is_found_and_ended():
     [
         (["survival.stall_minutes=0"], "survival.stall_minutes is 0; allowed"),
         (["survival.max_minutes=-1"], "survival.max_minutes is -1; allowed"),
-        (["actor_rollout_ref.rollout.tensor_model_parallel_size=3"], "does not divide the 1 ranks"),
-        (["trainer.n_gpus_per_node=3", "actor_rollout_ref.rollout.tensor_model_parallel_size=3"], "attention heads"),
+        (
+            ["actor_rollout_ref.rollout.tensor_model_parallel_size=3"],
+            "tensor_model_parallel_size 3 does not divide 1 GPUs",
+        ),
+        (["trainer.n_gpus_per_node=3"], "does not divide by 3 data-parallel ranks"),
     ],
 )
 def test_preflight_names_the_setting(toy_dir, tmp_path, overrides, said):
@@ -131,3 +136,39 @@ def test_secret_in_the_config_is_refused(toy_dir, tmp_path, monkeypatch):
     names = [f"toy_dir={toy_dir}", f"run_dir={tmp_path}/run", "trainer.project_name=${oc.env:MY_API_KEY}"]
     problems = problems_of(compose_config(["experiment=toy_rapo_cpu", *names]))
     assert any("$MY_API_KEY" in problem for problem in problems) and "planted-secret" not in str(problems)
+
+
+# --- lost actors ---
+
+
+@pytest.mark.slow
+def test_killed_actor_of_a_run_is_named_and_a_new_one_is_no_alarm(monkeypatch):
+    import ray
+
+    from rapo_verl import rollout
+
+    monkeypatch.setattr(rollout, "LIVENESS_SECONDS", 0.0)
+    buffer = object.__new__(rollout.StrictReplayBuffer)
+    buffer._actors, buffer._next_look = set(), 0.0
+
+    class Worker:
+        def pid(self):
+            return os.getpid()
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        actors = [ray.remote(num_cpus=0)(Worker).options(name=name).remote() for name in ("one", "two")]
+        pids = ray.get([actor.pid.remote() for actor in actors])
+        buffer._refuse_dead_actors()
+        later = ray.remote(num_cpus=0)(Worker).options(name="three").remote()
+        ray.get(later.pid.remote())
+        for _ in range(3):
+            buffer._refuse_dead_actors()
+        os.kill(pids[1], signal.SIGKILL)
+        deadline = time.monotonic() + 60  # Ray notices in less than a second on an idle machine
+        with pytest.raises(RuntimeError, match=r"1 actor\(s\) of the run died: two;"):
+            while time.monotonic() < deadline:
+                buffer._refuse_dead_actors()
+                time.sleep(0.2)
+    finally:
+        ray.shutdown()

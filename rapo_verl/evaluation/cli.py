@@ -19,6 +19,8 @@ PRESETS = {
     "quick": {"n": 64, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8192},
 }
 Folders = Annotated[list[Path], typer.Argument(help="made by `rapo eval generate`")]
+Strictness = Annotated[str, typer.Option(help="of the verifier: integer, symmetric or math_verify")]
+DEADLINE_S = 5.0
 
 
 def _refuse(error: Exception | str) -> typer.Exit:
@@ -37,7 +39,7 @@ def _value(text: str) -> object:
 
 @app.command("generate")
 def eval_generate(
-    model: Annotated[str, typer.Option(help="checkpoint folder (Hugging Face, or veRL's global_step_N) or hub id")],
+    model: Annotated[str, typer.Option(help="run's folder, checkpoint (Hugging Face, veRL's global_step_N) or hub id")],
     data: Annotated[list[Path], typer.Option(help="parquet of `rapo data prepare`; more files may follow")],
     out: Annotated[Path, typer.Option(help="folder of the samples")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="[DATA]...", help="more files")] = None,
@@ -51,6 +53,7 @@ def eval_generate(
     ] = None,
     draw: Annotated[int, typer.Option(help="number of the draw: another one has other seeds throughout")] = 1,
     shard: Annotated[int, typer.Option(help="samples a file")] = 128,
+    part: Annotated[str, typer.Option(help="i/count: the i-th part, for processes side by side; from 0")] = "0/1",
     limit: Annotated[int | None, typer.Option(help="only the first problems of each file")] = None,
     logprobs: Annotated[bool, typer.Option(help="keep each response's cumulative log-prob")] = True,
     tensor_parallel: Annotated[int, typer.Option(help="GPUs of one engine")] = 1,
@@ -71,11 +74,16 @@ def eval_generate(
     bad = [text for text in engine_arg or [] if "=" not in text]
     if bad or ray not in (None, "auto", "local"):
         raise _refuse(f"--engine-arg takes key=value, --ray auto or local; got {bad or ray}")
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise _refuse(f"--part is {part!r}; allowed: i/count with 0 <= i < count")
     samples = int(chosen.pop("n"))
     try:
         sampling = Sampling(**chosen, stop_token_ids=tuple(stop_id or ()), logprobs=logprobs)  # type: ignore[arg-type]
         subject = read_subject(model, [*data, *(more or [])], sampling, limit=limit)
+        print(f"model: {subject.model}", flush=True)
         sampled = subject.draw(out, n=samples, draw=draw, shard=shard)
+        sampled.part = int(index), int(count)
         options = {key: _value(value) for key, value in (text.split("=", 1) for text in engine_arg or [])}
         spec = EngineSpec(str(subject.folder), subject.longest, tensor_parallel, options)
         if ray is not None:
@@ -91,17 +99,13 @@ def eval_generate(
         raise typer.Exit(FAILED) from error
     if damaged:
         print(f"{len(damaged)} damaged shard(s) were made again; the old files end in .damaged", file=sys.stderr)
+    if int(count) > 1:
+        print(f"{out}: part {part} is complete; the others are made by other processes")
+        return
     print(f"{out}: {samples} samples of each of {len(subject.problems)} problems; next: rapo eval score {out}")
 
 
-@app.command("score")
-def eval_score(
-    folders: Folders,
-    strictness: Annotated[str, typer.Option(help="integer, symmetric or math_verify")] = "symmetric",
-    deadline: Annotated[float, typer.Option(help="seconds that one comparison may take")] = 5.0,
-    jobs: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
-) -> None:
-    """Judge samples; what was judged by this verifier already is kept."""
+def _score(folders: list[Path], strictness: str, deadline: float, jobs: int | None) -> None:
     from tqdm import tqdm
 
     from rapo_verl.evaluation.plan import PlanError
@@ -123,12 +127,25 @@ def eval_score(
         print(f"{folder}: {judged} of {len(store.problems)} problems judged, the others were")
 
 
+@app.command("score")
+def eval_score(
+    folders: Folders,
+    strictness: Strictness = "symmetric",
+    deadline: Annotated[float, typer.Option(help="seconds that one comparison may take")] = DEADLINE_S,
+    jobs: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
+) -> None:
+    """Judge samples; what was judged by this verifier already is kept."""
+    _score(folders, strictness, deadline, jobs)
+
+
 @app.command("report")
 def eval_report(
     folders: Folders,
     out: Annotated[Path, typer.Option(help="folder of the report")],
     hard_from: Annotated[Path | None, typer.Option(help="another draw of the base, which chooses Hard")] = None,
     force_same_draw: Annotated[bool, typer.Option(help="let a scored draw choose Hard; the report says so")] = False,
+    score: Annotated[bool, typer.Option("--score", help="first judge what `rapo eval score` would")] = False,
+    strictness: Strictness = "symmetric",
     title: Annotated[str, typer.Option()] = "pass@k",
     draws: Annotated[int, typer.Option(help="of the bootstrap")] = 2000,
 ) -> None:
@@ -137,6 +154,8 @@ def eval_report(
     from rapo_verl.evaluation.store import ShardError
     from rapo_verl.report import print_table, write_report
 
+    if score:
+        _score([*folders, *([hard_from] if hard_from else [])], strictness, DEADLINE_S, None)
     try:
         results, hard_choice, responses = load_study(folders, hard_from)
         names = [result.name for result in results]

@@ -54,10 +54,17 @@ Fleet = Callable[[Sequence[Engine]], list[Engine]]
 
 @dataclass
 class Draw:
-    """A plan and its folder."""
+    """A plan, its folder, and which of its shards this process makes: the i-th of ``count`` parts."""
 
     plan: Plan
     store: Store
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """The shards of this process; of every problem some, so that no part has all the long ones."""
+        index, count = self.part
+        return tuple(job for job in self.plan.jobs if (job.problem + job.shard) % count == index)
 
 
 class _Queue:
@@ -153,11 +160,11 @@ async def generate(
     queue = _Queue(draws, fleet, done)
     damaged: list[str] = []
     for draw in draws:
-        todo, found = draw.store.missing(draw.plan)
+        todo, found = draw.store.missing(draw.jobs)
         queue.pending.extend((draw, job) for job in todo)
         damaged += found
     missing = sum(job.samples for _, job in queue.pending)
-    started(missing, sum(draw.plan.n * len(draw.plan.problems) for draw in draws) - missing)
+    started(missing, sum(job.samples for draw in draws for job in draw.jobs) - missing)
     try:
         await queue.run()
     finally:

@@ -135,19 +135,21 @@ class Store:
         return cls(folder, manifest, problems)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for one generating process.
+    def locked(self, part: tuple[int, int] = (0, 1)) -> Iterator[None]:
+        """Hold the folder, or the i-th of ``count`` parts of it, for one generating process.
 
         Raises:
             PlanError: another one holds it.
         """
-        with (self.folder / ".lock").open("w") as lock:
+        alone = part[1] == 1
+        with (self.folder / ".lock").open("w") as lock, (self.folder / ".lock.{}-{}".format(*part)).open("w") as own:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise PlanError(f"another process generates into {self.folder}; wait for it or end it") from error
-            # What a killed process was writing; nobody else writes while the lock is held.
-            for left in (self.folder / SHARDS).glob("*/.*.tmp"):
+            # What a killed process was writing, where nobody else can be writing.
+            for left in (self.folder / SHARDS).glob("*/.*.tmp") if alone else ():
                 left.unlink()
             yield
 
@@ -198,13 +200,13 @@ class Store:
             raise ShardError(f"{path}: states {stated} with {table.num_rows} rows; its place says {expected}")
         return table
 
-    def missing(self, plan: Plan) -> tuple[list[Job], list[str]]:
-        """Return the shards still to be made, and what was wrong with files that were found damaged.
+    def missing(self, jobs: Sequence[Job]) -> tuple[list[Job], list[str]]:
+        """Return those of these shards that are still to be made, and what was wrong with files found damaged.
 
         A damaged file is kept beside its place as ``*.damaged``. Every page of every file is read, one at a time.
         """
         todo, damaged = [], []
-        for job in plan.jobs:
+        for job in jobs:
             path = self.shard_path(job.problem, job.shard)
             if not path.exists():
                 todo.append(job)

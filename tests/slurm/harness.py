@@ -42,6 +42,9 @@ def why_not() -> str | None:
     return None if done.returncode == 0 else f"no capability for namespaces and devices: {done.stderr.strip()}"
 
 
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
 class Cluster:
     def __init__(self, root: Path):
         self.root, self.work = root / "mini", root / "work"
@@ -92,8 +95,12 @@ class Cluster:
 @dataclass
 class Job:
     cluster: Cluster
-    id: int
+    id: int | str
     name: str
+
+    def task(self, number: int) -> "Job":
+        """Return a task of an array."""
+        return Job(self.cluster, f"{self.id}_{number}", self.name)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -106,7 +113,7 @@ class Job:
 
     @property
     def output(self) -> str:
-        path = self.cluster.work / f"{self.name}-{self.id}.out"
+        path = self.cluster.work / f"{self.name}-{self.facts['JobId']}.out"
         return path.read_text() if path.exists() else ""
 
     @property
@@ -117,15 +124,16 @@ class Job:
         """Wait for a state, or for a text in the output."""
         end = time.monotonic() + timeout
         while True:
-            if what(self) if callable(what) else what in self.output or what == self.state:
+            state = self.state
+            if what(self) if callable(what) else what in self.output or what == state:
                 return self
-            assert time.monotonic() < end, f"no {what}; {self.state}\n{self.output}\n{self.logs()}"
+            over = time.monotonic() > end or state in FINAL
+            assert not over, f"no {what}; {state}\n{self.output}\n{self.logs()}"
             time.sleep(0.5)
 
     def ended(self, state, code, timeout=240) -> str:
         """Wait for the end, check state and exit code and that no process is left; return the job's output."""
-        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        self.until(lambda job: job.state in final, timeout)
+        self.until(lambda job: job.state in FINAL, timeout)
         facts = self.facts
         got = (facts["JobState"], facts["ExitCode"])
         assert got == (state, f"{code}:0"), f"{got}\n{self.output}\n{self.logs()}"

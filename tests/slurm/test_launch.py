@@ -54,6 +54,13 @@ def test_dead_raylet_ends_the_job(cluster, host):
     assert f"raylet died on {host}" in job.ended("FAILED", 94)
 
 
+def test_all_reduce_over_the_nodes_runs_before_ray(cluster):
+    job = cluster.submit("smoke", options=TWO, STEPS=1, RAPO_SMOKE="gloo", RAPO_GPUS_PER_NODE=1)
+    job.ended("COMPLETED", 0, timeout=400)
+    (log,) = (job.run_dir / "slurm" / "latest").glob("smoke.0.*.log")
+    assert "all-reduce of 64 MiB over 2 ranks" in log.read_text()
+
+
 def test_killed_trainer_gives_137(cluster):
     job = cluster.submit("killed", options=TWO, STEP_SECONDS=1, STEPS=50).until("step 2")
     cluster.on(1, "bash", "-c", "kill -9 $(pgrep -f [s]tub_trainer.py)")
@@ -233,17 +240,18 @@ def test_dry_run_checks_every_node_and_trains_nothing(cluster):
     assert {path.name for path in (job.run_dir / "slurm" / "latest").glob("check.*")} == {"check.0", "check.1"}
 
 
-def test_array_of_evaluations_runs_on_one_queue(cluster):
+def test_tasks_of_an_array_evaluate_a_part_each(cluster):
     out = cluster.work / "evals"
-    options = ("--array=0-1",)
-    job = cluster.submit("eval", "some/model", out, script="eval_passk.sh", options=options, command="echo")
-    for task in (0, 1):
-        path = cluster.work / f"eval-{job.id}_{task}.out"
-        end = time.monotonic() + 60
-        while not (path.exists() and ": done" in path.read_text()):
-            assert time.monotonic() < end, path.read_text() if path.exists() else "no output"
-            time.sleep(0.5)
-        assert f"eval generate --model some/model --out {out} --preset rapo-paper" in path.read_text()
+    arguments = ("some/model", out, "--data", "a.parquet")
+    job = cluster.submit("eval", *arguments, script="eval_passk.sh", options=("--array=2-3",), command="echo")
+    for task in (2, 3):
+        want = f"eval generate --model some/model --out {out} --ray auto --part {task - 2}/2 --data a.parquet"
+        assert want in job.task(task).ended("COMPLETED", 0)
+
+
+def test_evaluation_without_its_data_says_how_to_make_it(cluster):
+    output = cluster.submit("nodata", "some/model", script="eval_passk.sh").ended("FAILED", 2)
+    assert "rapo data prepare aime24 aime25 --model some/model --out" in output and "Ray runs at" not in output
 
 
 def test_container_wraps_the_agent_and_not_slurm(cluster):

@@ -1,9 +1,10 @@
-"""The real thing on two nodes: veRL, Ray, FSDP2 on gloo, vLLM, one worker a node, stopped by a signal and resumed."""
+"""The real thing: veRL, Ray, FSDP2 on gloo and vLLM, one worker on each of two nodes; and an evaluation as an array."""
 
 import re
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from harness import CLONE
 
@@ -34,7 +35,8 @@ except OSError as error:
 """
 
 
-def test_toy_on_two_nodes_saves_on_a_signal_and_goes_on(cluster, toy_dir):
+@pytest.fixture(scope="module")
+def env(cluster):
     (cluster.work / "real").mkdir()
     env = cluster.work / "real" / "env"
     venv = Path(sys.executable).parent.parent
@@ -43,6 +45,18 @@ def test_toy_on_two_nodes_saves_on_a_signal_and_goes_on(cluster, toy_dir):
         "RAPO_OBJECT_STORE_BYTES=200000000\nHF_HUB_OFFLINE=1\nOMP_NUM_THREADS=1\n"
     )
     env.chmod(0o600)
+    return env
+
+
+def need_memory(gib):
+    """Ray ends a worker of ours, or of somebody else, where memory runs out."""
+    available = psutil.virtual_memory().available / (1 << 30)
+    if available < gib:
+        pytest.skip(f"{available:.0f} GiB of memory are available, {gib} are wanted")
+
+
+def test_toy_on_two_nodes_saves_on_a_signal_and_goes_on(cluster, toy_dir, env):
+    need_memory(12)
     script = cluster.work / "toy.sh"
     script.write_text(SCRIPT.format(clone=CLONE, toy=toy_dir))
     settings = [
@@ -67,3 +81,19 @@ def test_toy_on_two_nodes_saves_on_a_signal_and_goes_on(cluster, toy_dir):
     # A shard from each node, and the one model on both.
     assert {f"actor/model_world_size_2_rank_{rank}.pt" for rank in (0, 1)} <= set(last.manifest["files"])
     assert cluster.processes() == []
+
+
+def test_array_of_evaluations_samples_its_parts_and_is_judged(cluster, toy_dir, env):
+    need_memory(6)
+    out = cluster.work / "evals" / "toy"
+    options = ("--data", toy_dir / "eval.parquet", "--limit=4", "--n=4", "--shard=2", "--max-tokens=8", "--engines=1")
+    # One task after the other: two at once would want twice the memory, and prove nothing more.
+    array = {"script": "eval_passk.sh", "options": ("--array=0-1%1", "--gpus-per-node=1")}
+    job = cluster.submit("real_eval", toy_dir / "model", out, *options, **array, command="", RAPO_ENV_FILE=env)
+    for task in (0, 1):
+        assert f"part {task}/2 is complete" in job.task(task).ended("COMPLETED", 0, timeout=600)
+    assert len(list(out.glob("shards/*/*.parquet"))) == 4 * 2
+    report = cluster.submit("real_report", cluster.work / "report", out, script="eval_report.sh", command="",
+                            RAPO_ENV_FILE=env)  # fmt: skip
+    report.ended("COMPLETED", 0, timeout=600)
+    assert (cluster.work / "report" / "report.html").exists() and cluster.processes() == []
