@@ -61,6 +61,8 @@ def identity(config: DictConfig) -> dict[str, str]:
         sizes = ("tensor", "pipeline", "context")
         layout += "".join(f" {size[0]}p{actor.megatron[f'{size}_model_parallel_size']}" for size in sizes[:2])
         layout += f" cp{actor.megatron.context_parallel_size}"
+        if actor.megatron.dist_ckpt_optim_fully_reshardable and "extra" not in actor.checkpoint.load_contents:
+            layout = "megatron, any layout"  # what is loaded belongs to none
     return {
         "model": f"{model.path}{model_hash}",
         "data": " ".join(f"{Path(file).name} {_sha256(Path(file))[:16]}" for file in data),
@@ -87,6 +89,15 @@ def finish(folder: Path, step: int, facts: dict[str, Any]) -> None:
                 os.fsync(stream.fileno())
             sizes[str(path.relative_to(folder))] = path.stat().st_size
     write_atomic(folder / MANIFEST, json.dumps({"step": step, "time": time.time(), **facts, "files": sizes}, indent=1))
+
+
+def hugging_face_folder(actor: Path) -> Path | None:
+    """Return where veRL's engine left the policy under Hugging Face names in a checkpoint's ``actor``, or None."""
+    # FSDP, and Megatron (verl 0.9.1 utils/megatron_utils.py:1081), where it is the checkpoint of the weights itself.
+    for folder in (actor / "huggingface", actor / "model" / "huggingface"):
+        if any(folder.glob("*.safetensors")):
+            return folder
+    return None
 
 
 def read_checkpoints(root: Path) -> list[Checkpoint]:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from rapo_verl.checkpoints import CheckpointError, check, damage, read_checkpoints
+from rapo_verl.checkpoints import CheckpointError, check, damage, hugging_face_folder, read_checkpoints
 from rapo_verl.launch import CONFIG_FILE
 
 CHECKPOINTS = "checkpoints"
@@ -53,8 +53,9 @@ def export_checkpoint(run: Path, step: int, to: Path) -> Path:
         raise CheckpointError(f"{to} exists; give another folder with --to")
     check(chosen, {})
     actor = chosen.folder / "actor"
-    if list((actor / "huggingface").glob("*.safetensors")):
-        shutil.copytree(actor / "huggingface", to)
+    complete = hugging_face_folder(actor)
+    if complete:
+        shutil.copytree(complete, to)
         return to
     config = OmegaConf.load(run / CONFIG_FILE)
     backend = "megatron" if config.actor_rollout_ref.actor.strategy == "megatron" else "fsdp"

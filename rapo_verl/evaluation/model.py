@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rapo_verl.checkpoints import hugging_face_folder
 from rapo_verl.data.prepare import render
 from rapo_verl.evaluation.plan import PlanError, Problem
 
@@ -29,8 +30,8 @@ def resolve_model(model: str) -> Path:
     if folder.is_dir():
         actor = folder / "actor" if (folder / "actor").is_dir() else folder
         backend = _verl_backend(actor)
-        complete = actor / "huggingface"
-        if any(complete.glob("*.safetensors")):
+        complete = hugging_face_folder(actor)
+        if complete:
             return complete
         return merge(actor, backend) if backend else folder
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -48,7 +49,7 @@ def _verl_backend(actor: Path) -> str | None:
     """Return "fsdp" or "megatron" for a checkpoint of veRL, None for anything else."""
     if any(actor.glob("model_world_size_*_rank_*.pt")):
         return "fsdp"
-    return "megatron" if (actor / "dist_ckpt").is_dir() else None
+    return "megatron" if (actor / "model" / "dist_ckpt").is_dir() else None
 
 
 def merge(actor: Path, backend: str) -> Path:
