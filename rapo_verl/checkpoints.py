@@ -63,6 +63,8 @@ def identity(config: DictConfig) -> dict[str, str]:
         sizes = ("tensor", "pipeline", "context")
         layout += "".join(f" {size[0]}p{actor.megatron[f'{size}_model_parallel_size']}" for size in sizes[:2])
         layout += f" cp{actor.megatron.context_parallel_size}"
+        if actor.megatron.dist_ckpt_optim_fully_reshardable and "extra" not in actor.checkpoint.load_contents:
+            layout = "megatron, any layout"  # what is loaded belongs to none
     return {
         "model": f"{model.path}{model_hash}",
         "data": " ".join(f"{Path(file).name} {_sha256(Path(file))[:16]}" for file in data),

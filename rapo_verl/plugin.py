@@ -64,11 +64,14 @@ def register_trainers() -> None:
     """Register our trainers under their ``trainer.v1.trainer_mode`` names; called in the task runner."""
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, register_trainer
 
-    from rapo_verl.trainer import RapoTrainerSync, SafeTrainerSync
+    from rapo_verl import trainer
 
-    register_trainer("rapo_sync")(RapoTrainerSync)
-    # veRL's own trainer too saves, stops and refuses NaN as ours does; `register_trainer` would refuse the name.
-    TRAINER_REGISTRY["sync"] = SafeTrainerSync
+    for ours in (trainer.RapoTrainerSync, trainer.RapoTrainerColocateAsync, trainer.RapoTrainerSeparateAsync):
+        register_trainer(f"rapo_{ours.base_mode}")(ours)
+    # veRL's own trainers too save, stop and refuse NaN as ours do; `register_trainer` would refuse the names.
+    TRAINER_REGISTRY["sync"] = trainer.SafeTrainerSync
+    TRAINER_REGISTRY["colocate_async"] = trainer.SafeTrainerColocateAsync
+    TRAINER_REGISTRY["separate_async"] = trainer.SafeTrainerSeparateAsync
 
 
 if on_cpu():

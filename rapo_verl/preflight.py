@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from rapo_verl.config import FULL_VOCABULARY, RapoConfig, rapo_config_from
+from rapo_verl.modes import problems_of_mode
 from rapo_verl.reward import reward_settings
 
 # Columns that veRL's data set and reward loop read.
@@ -38,8 +39,8 @@ def problems_of(config: DictConfig) -> list[str]:
     if rapo is not None:
         found += _check_method(config, rapo)
     model = _check_model(config)
-    found += _check_cpu(config) + _check_megatron(config) + model + _check_data(config) + _check_reward(config)
-    found += _check_run_dir(config) + _check_survival(config) + _check_secrets(config)
+    found += problems_of_mode(config) + _check_cpu(config) + _check_megatron(config) + model + _check_data(config)
+    found += _check_reward(config) + _check_run_dir(config) + _check_survival(config) + _check_secrets(config)
     if not model:
         found += _check_layout(config)
     return found + _check_with_verl(config)
@@ -48,15 +49,13 @@ def problems_of(config: DictConfig) -> list[str]:
 def _check_method(config: DictConfig, rapo: RapoConfig) -> list[str]:
     found = []
     actor, mode = config.actor_rollout_ref.actor, config.trainer.v1.trainer_mode
-    ours = mode.startswith("rapo_")
-    if mode not in ("rapo_sync", "sync"):
-        found.append(f"trainer.v1.trainer_mode is {mode!r}; allowed: rapo_sync (RAPO), sync (veRL's own)")
     if not rapo.enabled:
         return found
-    if not ours:
+    if not mode.startswith("rapo_"):
         found.append(
-            f"rapo.forward_kl.coef is {rapo.forward_kl.coef} but trainer.v1.trainer_mode is {mode!r}, which knows "
-            "nothing of it; set trainer.v1.trainer_mode=rapo_sync, or rapo.forward_kl.coef=0 rapo.reference.phi_min=1"
+            f"rapo.forward_kl.coef is {rapo.forward_kl.coef} but trainer.v1.trainer_mode is {mode!r}, which "
+            f"knows nothing of it; set trainer.v1.trainer_mode=rapo_{mode}, or rapo.forward_kl.coef=0 "
+            "rapo.reference.phi_min=1"
         )
     if not actor.use_kl_loss:
         found.append(
@@ -79,11 +78,6 @@ def _check_method(config: DictConfig, rapo: RapoConfig) -> list[str]:
         found.append(
             "rapo.reference.reading=token gives each sample its own temperature, which veRL's fused kernels do not "
             "take; set actor_rollout_ref.model.use_fused_kernels=false, or rapo.reference.phi_min=1"
-        )
-    if (model.get("lora_rank") or 0) > 0 or model.get("lora_adapter_path") or (model.get("lora") or {}).get("rank"):
-        found.append(
-            "LoRA keeps the reference inside the actor, where RAPO does not reweight it yet; set "
-            "actor_rollout_ref.model.lora_rank=0"
         )
     return found
 
@@ -115,13 +109,16 @@ def _check_head(config: DictConfig, rapo: RapoConfig) -> list[str]:
 def _check_cpu(config: DictConfig) -> list[str]:
     if config.trainer.device != "cpu":
         return []
-    rollout = config.actor_rollout_ref.rollout
+    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+    lora = model.lora_rank > 0 or model.lora_adapter_path or model.lora.rank > 0
     wanted = {
         "actor_rollout_ref.actor.strategy": (config.actor_rollout_ref.actor.strategy, "fsdp2"),
         "actor_rollout_ref.ref.strategy": (config.actor_rollout_ref.ref.strategy, "fsdp2"),
         "actor_rollout_ref.rollout.name": (rollout.name, "vllm"),
         "actor_rollout_ref.rollout.free_cache_engine": (rollout.free_cache_engine, False),
         "actor_rollout_ref.rollout.enable_chunked_prefill": (rollout.enable_chunked_prefill, False),
+        # With LoRA: the merged weights are sent, since the CPU's vLLM worker takes no adapters.
+        "actor_rollout_ref.model.lora.merge": (model.lora.merge or not lora, True),
     }
     return [
         f"{key} is {got}; on trainer.device=cpu only {allowed} works (start from experiment=cpu)"

@@ -6,16 +6,17 @@ estimators and the nucleus need more than the sampled token's log-prob: for them
 temperature, names the most likely tokens, and phi is applied to what it returns.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
+from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
-from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import response_from_nested
 
 from rapo_verl.config import PER_TOKEN_ESTIMATORS, RapoConfig, rapo_config_from
@@ -25,8 +26,10 @@ from rapo_verl.reference_tokens import ReferenceTokens, phi_nodes
 from rapo_verl.reweighting import reference_temperature, response_phi, reweight_log_prob, reweight_tokens
 
 
-class RapoWorker(ActorRolloutRefWorker):
+class RapoWorker(DetachActorWorker):
     """veRL's actor, rollout and reference in one worker, with RAPO's reference pass and policy loss.
+
+    Of veRL's worker for separate sampling, which adds keeping older weights aside, and changes nothing else.
 
     The settings arrive as ``actor_rollout_ref.rapo``. Switched off (alpha = 0) nothing of veRL's is touched.
     """
@@ -65,8 +68,20 @@ class RapoWorker(ActorRolloutRefWorker):
         Returns:
             veRL's output, or None on ranks without outputs.
         """
+        return self._reweighted(super().compute_ref_log_prob, data)
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def compute_log_prob(self, data: TensorDict) -> TensorDict | None:
+        """Return veRL's log-probs of the policy; with LoRA, where asked without the adapters, of RAPO's reference."""
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1703: with LoRA the actor without its adapters is the reference.
+        if tu.get_non_tensor_data(data, "no_lora_adapter", default=False):
+            return self._reweighted(super().compute_log_prob, data)
+        return super().compute_log_prob(data)
+
+    def _reweighted(self, reference_pass: Callable[[TensorDict], TensorDict | None], data: TensorDict) -> Any:
+        """Return what `compute_ref_log_prob` promises, by one of veRL's passes over the reference."""
         if not self.rapo.enabled:
-            return super().compute_ref_log_prob(data)
+            return reference_pass(data)
         reference = self.rapo.reference
         phi = response_phi(data["rm_scores"], reference)
         temperature = tu.get_non_tensor_data(data, "temperature", default=None)
@@ -76,7 +91,7 @@ class RapoWorker(ActorRolloutRefWorker):
         elif self.rapo.reweights and reference.reading == "token":
             del data["temperature"]
             data["temperature"] = reference_temperature(phi, temperature=temperature, reading=reference.reading)
-        output = super().compute_ref_log_prob(data)
+        output = reference_pass(data)
         if output is None:
             return None
         if self.rapo.exports_tokens:

@@ -13,10 +13,11 @@ from typing import Any
 import ray
 import transfer_queue as tq
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from rapo_verl.files import write_atomic
 from rapo_verl.launch import FAILURE_FILE, RUN_DIR_VARIABLE
+from rapo_verl.modes import is_async
 from rapo_verl.reward import RESPONSE_LIMIT, RESPONSE_TOKENS, TRUNCATED, verdict_metrics
 from rapo_verl.seeds import sampling_seed
 
@@ -32,13 +33,17 @@ LIVENESS_SECONDS = 5.0
 
 
 class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
-    """veRL's worker with one seed per response, and a reward failure that names its sample."""
+    """veRL's worker with one seed per response (synchronous trainers), and a reward failure that names its sample."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         # Not superfluous: Ray 2.60 rewraps an inherited __init__ of an async actor, whose super() then fails.
         super().__init__(*args, **kwargs)
 
     async def _run_agent_loop(self, sampling_params: dict, trajectory: dict, **kwargs: Any) -> Any:
+        if not trajectory["validate"] and is_async(self.config.trainer.v1.trainer_mode):
+            # An interrupted request goes on with its own seed (workers/rollout/llm_server.py:285), whose random numbers
+            # have drawn its first tokens already: the rest would depend on them beyond what the policy says.
+            return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
         # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:125 passes one sampling_params to the whole group.
         seed = sampling_seed(
             "validation" if trajectory["validate"] else "train",
@@ -148,3 +153,7 @@ class StrictReplayBuffer(ReplayBuffer):
         sessions = [int(key.split("_")[1]) for key in batch.keys]
         batch.reorder(sorted(range(len(rows)), key=lambda i: (rows[i], sessions[i], batch.keys[i])))
         return batch, metrics
+
+
+class StrictReplayBufferAsync(StrictReplayBuffer, ReplayBufferAsync):
+    """The same for veRL's asynchronous trainers, which leave out samples of a policy too old."""

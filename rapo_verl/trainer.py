@@ -7,6 +7,8 @@ import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from rapo_verl.reference_worker import RapoWorker
@@ -29,7 +31,8 @@ class RapoTrainerMixin(PPOTrainer):
         super().__init__(config)
 
     def _init_resource_pool_mgr(self) -> None:
-        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:788-809 names its worker class here, with no setting for it.
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:788-809 names its worker class here, with no setting for it;
+        # trainer_separate_async.py:138 then another, of which RAPO's is a subclass too.
         super()._init_resource_pool_mgr()
         for role in _MODEL_ROLES:
             if role in self.role_worker_mapping:
@@ -67,7 +70,27 @@ class SafeTrainerSync(SafeTrainerMixin, PPOTrainerSync):
     """veRL's synchronous trainer itself (``trainer.v1.trainer_mode=sync``), watched over."""
 
 
+class SafeTrainerColocateAsync(SafeTrainerMixin, PPOTrainerColocateAsync):
+    """veRL's trainer that samples ahead on the same GPUs (``colocate_async``), watched over."""
+
+
+class SafeTrainerSeparateAsync(SafeTrainerMixin, PPOTrainerSeparateAsync):
+    """veRL's trainer that samples on GPUs of its own (``separate_async``), watched over."""
+
+
 class RapoTrainerSync(RapoTrainerMixin, SafeTrainerMixin, PPOTrainerSync):
     """RAPO on veRL's synchronous trainer (``trainer.v1.trainer_mode=rapo_sync``)."""
 
     base_mode = "sync"
+
+
+class RapoTrainerColocateAsync(RapoTrainerMixin, SafeTrainerMixin, PPOTrainerColocateAsync):
+    """RAPO on veRL's trainer that samples ahead on the same GPUs (``rapo_colocate_async``)."""
+
+    base_mode = "colocate_async"
+
+
+class RapoTrainerSeparateAsync(RapoTrainerMixin, SafeTrainerMixin, PPOTrainerSeparateAsync):
+    """RAPO on veRL's trainer that samples on GPUs of its own (``rapo_separate_async``)."""
+
+    base_mode = "separate_async"

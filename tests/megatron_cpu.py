@@ -86,7 +86,24 @@ def in_fp32() -> None:
     PrecisionType.to_dtype = staticmethod(lambda precision: torch.float32)
 
 
-def recipe_on_cpu(spec: dict) -> Any:
+def stand_in_for_fused_adam(engine: Any) -> None:
+    """Let torch's Adam, which counts its steps per parameter, be loaded where Megatron-core expects NVIDIA's."""
+    for chained in engine.optimizer.chained_optimizers:
+        adam, set_states = chained.optimizer, chained._set_main_param_and_optimizer_states
+        for p in (p for group in adam.param_groups for p in group["params"]):
+            adam.state[p] = {"step": torch.tensor(0.0), "exp_avg": p.clone().zero_(), "exp_avg_sq": p.clone().zero_()}
+
+        def with_step(model_param: Any, tensors: dict, chained: Any = chained, set_states: Any = set_states) -> None:
+            group, order = chained.model_param_group_index_map[model_param]
+            state = chained.optimizer.state[chained.optimizer.param_groups[group]["params"][order]]
+            # load_state_dict has set one tensor for all parameters, which each of them would count on.
+            state["step"] = state["step"].clone()
+            set_states(model_param, {**tensors, "step": state["step"]})
+
+        chained._set_main_param_and_optimizer_states = with_step
+
+
+def recipe_on_cpu(spec: dict, *more: str) -> Any:
     """Return the 7B recipe's actor_rollout_ref with what only a GPU has left out."""
     from rapo_verl.compose import compose_config
 
@@ -111,6 +128,7 @@ def recipe_on_cpu(spec: dict) -> Any:
                 )
             ),
             *spec["overrides"],
+            *more,
         ]
     )  # fmt: skip
     return config.actor_rollout_ref
@@ -148,49 +166,103 @@ def record_gradients(engine: Any) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def main(spec_path: Path) -> None:
-    """Run the reference pass, the log-prob pass and an update on this rank; ranks with outputs write them."""
-    spec = json.loads(spec_path.read_text())
-    stand_in_for_cuda()
-    import verl  # noqa: F401
+class Rank:
+    """What a rank of the trainer's worker group does, on the batches of the test."""
 
-    stand_in_for_transformer_engine()
-    in_fp32()
-    from verl.utils import tensordict_utils as tu
+    def __init__(self, spec: dict):
+        self.spec = spec
 
-    batch = torch.load(spec["batch"], weights_only=False)
-    config = recipe_on_cpu(spec)
-    reference, actor = worker_of(config, "ref"), worker_of(config, "actor")
-    results: dict[str, Any] = {
-        "count": sum(p.numel() for chunk in actor.actor.engine.module for p in chunk.parameters())
-    }
+    def infer(self, method: Any, *, entropy: bool) -> Any:
+        """Return the output of a pass without gradients, on the ranks that have one."""
+        from verl.utils import tensordict_utils as tu
 
-    data = batch.copy()
-    tu.assign_non_tensor(data, calculate_entropy=False, compute_loss=False, temperature=spec["temperature"])
-    results["ref_log_prob"] = reference.compute_ref_log_prob(data)
-    data = batch.copy()
-    tu.assign_non_tensor(data, calculate_entropy=True, compute_loss=False, temperature=spec["temperature"])
-    results["old_log_prob"] = actor.compute_log_prob(data)
-
-    def update(poisoned: bool) -> Any:
-        data = torch.load(spec["update"], weights_only=False)
+        data = torch.load(self.spec["batch"], weights_only=False)
         tu.assign_non_tensor(
-            data, calculate_entropy=True, temperature=spec["temperature"], global_batch_size=len(data),
+            data, calculate_entropy=entropy, compute_loss=False, temperature=self.spec["temperature"]
+        )  # fmt: skip
+        return method(data)
+
+    def update(self, actor: Any, fields: dict | None = None, *, poisoned: bool = False) -> Any:
+        """Return the metrics of one update, on the ranks that have them."""
+        from verl.utils import tensordict_utils as tu
+
+        data = torch.load(self.spec["update"], weights_only=False)
+        for name, value in (fields or {}).items():
+            data[name] = value
+        tu.assign_non_tensor(
+            data, calculate_entropy=True, temperature=self.spec["temperature"], global_batch_size=len(data),
             mini_batch_size=len(data), epochs=1, seed=0, dataloader_kwargs={"shuffle": False},
         )  # fmt: skip
         if poisoned:
             data["advantages"].values()[0] = float("nan")
         return actor.update_actor(data)
 
-    gradients = record_gradients(actor.actor.engine)
-    results["update"] = update(poisoned=False)
-    results["gradients"], results["weights"] = gradients[0], exported(actor.actor.engine)
-    del actor.actor.engine.optimizer_step  # the recorder
-    try:
-        update(poisoned=True)
-    except FloatingPointError as error:
-        results["refused"] = str(error)
-    results["weights_after_refusal"] = exported(actor.actor.engine)
+    def one_update(self, actor: Any, fields: dict | None = None) -> dict:
+        """Return the metrics of an update, its gradients and the weights after it."""
+        gradients = record_gradients(actor.actor.engine)
+        metrics = self.update(actor, fields)
+        del actor.actor.engine.optimizer_step  # the recorder
+        return {"metrics": metrics, "gradients": gradients[0], "weights": exported(actor.actor.engine)}
+
+    def second_update(self, actor: Any) -> dict:
+        """Return the log-probs of an actor that has one update behind it, and one more update."""
+        log_probs = self.infer(actor.compute_log_prob, entropy=False)
+        return {"log_prob": log_probs, **self.one_update(actor)}
+
+    def estimator(self, *overrides: str) -> dict:
+        """Return reference pass and update of an estimator that needs RAPO's head."""
+        from rapo_verl.head_engine import FIELDS
+
+        config = recipe_on_cpu(self.spec, *overrides)
+        output = self.infer(worker_of(config, "ref").compute_ref_log_prob, entropy=False)
+        everyone: list = [None] * int(os.environ["WORLD_SIZE"])
+        torch.distributed.all_gather_object(everyone, output)  # what the trainer's queue does
+        output = next(found for found in everyone if found is not None)
+        fields = {name: output[name] for name in FIELDS}
+        return {"reference": output, **self.one_update(worker_of(config, "actor"), fields)}
+
+    def everything(self) -> dict[str, Any]:
+        """Return every pass, the updates, a checkpoint saved and resumed, and a gradient refused."""
+        config = recipe_on_cpu(self.spec)
+        reference, actor = worker_of(config, "ref"), worker_of(config, "actor")
+        engine = actor.actor.engine
+        results: dict[str, Any] = {
+            "count": sum(p.numel() for chunk in engine.module for p in chunk.parameters()),
+            "engine": [cls.__name__ for cls in type(engine).__mro__],
+            "ref_log_prob": self.infer(reference.compute_ref_log_prob, entropy=False),
+            "old_log_prob": self.infer(actor.compute_log_prob, entropy=True),
+            "sampled": self.one_update(actor),
+        }
+        actor.save_checkpoint(self.spec["checkpoint"], global_step=1)
+        results["second"] = self.second_update(actor)
+        results["resumed"] = self.resumed()
+        for name, overrides in self.spec["estimators"].items():
+            results[name] = self.estimator(*overrides)
+        try:
+            self.update(actor, poisoned=True)
+        except FloatingPointError as error:
+            results["refused"] = str(error)
+        results["weights_after_refusal"] = exported(engine)
+        return results
+
+    def resumed(self) -> dict:
+        """Return what follows in a new actor that goes on from the checkpoint."""
+        actor = worker_of(recipe_on_cpu(self.spec), "actor")
+        stand_in_for_fused_adam(actor.actor.engine)
+        actor.load_checkpoint(self.spec["checkpoint"])
+        return self.second_update(actor)
+
+
+def main(spec_path: Path) -> None:
+    """Do this rank's part of what the spec says and write what came of it."""
+    spec = json.loads(spec_path.read_text())
+    stand_in_for_cuda()
+    import verl  # noqa: F401
+
+    stand_in_for_transformer_engine()
+    in_fp32()
+    rank = Rank(spec)
+    results = rank.resumed() if spec["resume"] else rank.everything()
     torch.save(results, Path(spec["out"]) / f"rank{os.environ['RANK']}.pt")
 
 

@@ -9,7 +9,17 @@ import torch
 from omegaconf import OmegaConf
 
 from rapo_verl import checkpoints
-from rapo_verl.checkpoints import CheckpointError, choose, damage, finish, identity, read_checkpoints, retain
+from rapo_verl.checkpoints import (
+    CheckpointError,
+    choose,
+    damage,
+    finish,
+    identity,
+    read_checkpoints,
+    retain,
+)
+from rapo_verl.compose import compose_config
+from rapo_verl.evaluation.model import exported
 
 WANTED = {"model": "m", "data": "d", "world": "2 ranks, fsdp2"}
 
@@ -151,6 +161,31 @@ def test_identity_changes_with_model_data_and_world(tmp_path):
     config.trainer.nnodes = 1
     after = identity(config)
     assert all(after[key] != before[key] for key in before)
+
+
+def test_checkpoint_that_any_megatron_layout_loads_is_not_tied_to_one():
+    config = compose_config(["experiment=qwen2.5_7b_rapo", "data.train_files=[]"])
+    layouts = set()
+    for tensor, gpus in ((4, 8), (2, 4)):
+        config.actor_rollout_ref.actor.megatron.tensor_model_parallel_size = tensor
+        config.trainer.n_gpus_per_node = gpus
+        layouts.add(identity(config)["world"])
+    assert len(layouts) == 1
+    # What veRL loads by default, and its default format of the optimizer's states, belong to one layout.
+    for key, value in (("checkpoint.load_contents", ["model", "optimizer", "extra"]),
+                       ("megatron.dist_ckpt_optim_fully_reshardable", False)):  # fmt: skip
+        tied = config.copy()
+        OmegaConf.update(tied.actor_rollout_ref.actor, key, value)
+        assert identity(tied)["world"] == "8 ranks, megatron tp2 pp1 cp1"
+
+
+def test_policy_is_found_under_its_hugging_face_names_where_each_engine_leaves_it(tmp_path):
+    assert exported(tmp_path) is None
+    for folder in ("model/huggingface", "huggingface"):  # Megatron's, FSDP's
+        (tmp_path / folder).mkdir(parents=True)
+        assert exported(tmp_path) != tmp_path / folder
+        (tmp_path / folder / "model.safetensors").touch()
+        assert exported(tmp_path) == tmp_path / folder
 
 
 def test_manifest_is_the_last_file_of_a_checkpoint(tmp_path):

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from rapo_verl.compose import compose_config, experiments, recipe_dir
 from rapo_verl.config import ESTIMATORS, PHI_SHAPES, READINGS, RapoConfig, rapo_config_from
+from rapo_verl.modes import problems_of_mode
 
 
 def node(**changes) -> dict:
@@ -279,3 +280,34 @@ def test_baseline_differs_from_rapo_in_the_method_only():
         for key in ("kl_loss_coef", "kl_loss_type"):
             del config["actor_rollout_ref"]["actor"][key]
     assert grpo == rapo
+
+
+# --- trainers ---
+
+
+@pytest.mark.parametrize("mode", ["sync", "rapo_sync", "colocate_async", "rapo_colocate_async"])
+def test_trainer_takes_its_samples_through_the_buffer_of_its_kind(mode):
+    buffers = ("StrictReplayBuffer", "StrictReplayBufferAsync")
+    right, wrong = reversed(buffers) if mode.endswith("_async") else buffers
+    named = [f"trainer.v1.trainer_mode={mode}", "trainer.v1.sampler.custom_sampler.name="]
+    assert problems_of_mode(compose_config([named[0], named[1] + right])) == []
+    (problem,) = problems_of_mode(compose_config([named[0], named[1] + wrong]))
+    assert wrong in problem and right in problem
+
+
+def test_unknown_trainer_is_refused_with_those_there_are():
+    (problem,) = problems_of_mode(compose_config(["trainer.v1.trainer_mode=rapo_async"]))
+    assert "'rapo_async'" in problem and "colocate_async" in problem and "separate_async" in problem
+
+
+def test_separate_sampling_is_refused_without_gpus_of_its_own():
+    mode = ["trainer.v1.trainer_mode=rapo_separate_async",
+            "trainer.v1.sampler.custom_sampler.name=StrictReplayBufferAsync"]  # fmt: skip
+    (problem,) = problems_of_mode(compose_config(["experiment=toy_rapo_cpu", *mode]))
+    assert "device=cpu" in problem and "colocate_async" in problem
+    recipe = ["experiment=qwen2.5_7b_rapo", *mode]
+    said = "\n".join(problems_of_mode(compose_config([*recipe, "trainer.v1.separate_async.parameter_sync_step=2"])))
+    assert "data.train_batch_size is 1024" in said and "rollout.nnodes is 0" in said and "backend is naive" in said
+    # Four mini-batches of 256 a step are veRL's default, 4.
+    own = ["nnodes=1", "n_gpus_per_node=8", "checkpoint_engine.backend=nccl"]
+    assert problems_of_mode(compose_config([*recipe, *(f"actor_rollout_ref.rollout.{key}" for key in own)])) == []

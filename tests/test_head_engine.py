@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.ulysses import set_ulysses_sequence_parallel_group
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from rapo_verl.compose import compose_config
 from rapo_verl.config import FULL_VOCABULARY, ForwardKLConfig, RapoConfig, ReferenceConfig
@@ -18,7 +19,7 @@ from rapo_verl.cpu.engine import CpuFSDPEngine
 from rapo_verl.head import Target, head
 from rapo_verl.head_engine import FIELDS, MegatronHead, asks_for_head, response_index, run_head
 from rapo_verl.preflight import problems_of
-from rapo_verl.reference_worker import reweighted_output
+from rapo_verl.reference_worker import RapoWorker, reweighted_output
 
 PROMPTS, RESPONSES, VOCABULARY, K = (3, 1, 4), (2, 5, 4), 12, 4  # 19 places: odd, so that two ranks need a pad
 TEMPERATURE = 0.7
@@ -391,3 +392,18 @@ def test_full_is_refused_for_the_vocabulary_of_a_language_model(tmp_path):
                                       "rapo.reference.reading=nucleus"])  # fmt: skip
 def test_each_form_composes_and_is_accepted(toy_dir, override):
     assert refusals(toy_dir, override) == []
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_only_the_actor_without_its_adapters_is_reweighted(monkeypatch, adapters):
+    # With LoRA veRL asks the actor for the reference (trainer_base.py:1703).
+    seen = []
+    monkeypatch.setattr(ActorRolloutRefWorker, "compute_log_prob", lambda self, data: seen.append(data["temperature"]))
+    worker = object.__new__(RapoWorker)
+    worker.rapo = RapoConfig()
+    data = TensorDict({"rm_scores": jagged([torch.tensor([0.0, 1.0]), torch.tensor([0.0])])}, batch_size=[2])
+    tu.assign_non_tensor(data, temperature=TEMPERATURE, no_lora_adapter=not adapters)
+    worker.compute_log_prob(data)
+    # A reward of 1 leaves the reference as it is, one of 0 flattens it most.
+    want = TEMPERATURE if adapters else torch.tensor([TEMPERATURE, TEMPERATURE / RapoConfig().reference.phi_min])
+    torch.testing.assert_close(torch.as_tensor(seen[0]), torch.as_tensor(want))

@@ -1,5 +1,6 @@
 """RAPO on verl's own MegatronEngine, tensor and pipeline parallel, against plain transformers on one process."""
 
+import copy
 import inspect
 import json
 import os
@@ -18,7 +19,10 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine import EngineRegistry, MegatronEngine, MegatronEngineWithLMHead
 
 from rapo_verl.compose import compose_config
-from rapo_verl.config import RapoConfig, ReferenceConfig
+from rapo_verl.config import PER_TOKEN_ESTIMATORS, ForwardKLConfig, RapoConfig, ReferenceConfig
+from rapo_verl.evaluation.engines import CPU_ENVIRONMENT
+from rapo_verl.evaluation.model import resolve_model
+from rapo_verl.head_engine import FIELDS
 from rapo_verl.plan.memory import rank_parameters
 from rapo_verl.plan.model import shape_of
 from rapo_verl.policy_loss import rapo_policy_loss
@@ -35,12 +39,19 @@ OVERRIDES = [
     f"actor_rollout_ref.actor.optim.lr={LR}",
     "actor_rollout_ref.actor.optim.weight_decay=0",  # Megatron spares biases and norms, torch.optim does not
     "actor_rollout_ref.actor.optim.total_training_steps=10",
+    "actor_rollout_ref.actor.optim.lr_decay_style=linear",  # so that a resumed run must find its place in it
     "actor_rollout_ref.actor.entropy_coeff=0.05",
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=24",  # of 48 tokens: two micro-batches, so that a pipeline fills
     "data.max_prompt_length=8",
     "data.max_response_length=12",
 ]
-# fp32 sums in another order over 64 hidden units, 2 layers and 264 tokens of the vocabulary.
+# The estimators that need RAPO's head: the reference names K tokens, or all.
+K = 16
+ESTIMATORS = {
+    name: [f"rapo.forward_kl.estimator={name}", f"rapo.reference.top_k={K}", "rapo.reference.phi_min=0.6"]
+    for name in PER_TOKEN_ESTIMATORS
+}
+# fp32 sums in another order over 128 hidden units, 2 layers and 264 tokens of the vocabulary.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -59,8 +70,8 @@ class Truth:
     def __init__(self, folder: Path, *, tied: bool):
         torch.manual_seed(0)
         config = Qwen2Config(
-            vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.2,
+            vocab_size=264, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.15,
             architectures=["Qwen2ForCausalLM"],
         )  # fmt: skip
         self.model = Qwen2ForCausalLM(config).float()
@@ -86,16 +97,32 @@ class Truth:
             batch_size=[len(self.ids)],
         )
 
-    def outputs(self, temperatures):
+    def distributions(self, temperatures, model=None):
+        """Return log p of every next token, (length, vocabulary) per sequence, nats."""
+        logits = [(model or self.model)(ids[None]).logits[0] for ids in self.ids]
+        return [(z / temperature).log_softmax(-1) for z, temperature in zip(logits, temperatures)]
+
+    def outputs(self, temperatures, model=None):
         """Return log-probs of the next token and entropies, a row per sequence, nats."""
-        log_probs, entropies = [], []
-        for ids, temperature in zip(self.ids, temperatures):
-            logits = self.model(ids[None]).logits[0] / temperature
-            log_p = logits.log_softmax(-1)
-            labels = torch.roll(ids, -1)
-            log_probs.append(log_p.gather(-1, labels[:, None])[:, 0])
-            entropies.append(-(log_p.exp() * log_p).sum(-1))
-        return log_probs, entropies
+        distributions = self.distributions(temperatures, model)
+        sampled = [p.gather(-1, ids.roll(-1)[:, None])[:, 0] for p, ids in zip(distributions, self.ids)]
+        return sampled, [-(p.exp() * p).sum(-1) for p in distributions]
+
+    def forward_kl(self, rapo, model):
+        """Return the KL over the reference's k likeliest tokens and one outcome for the rest, by definition."""
+        found, k = [], K if rapo.forward_kl.estimator == "topk" else 264
+        with torch.no_grad():
+            references = self.distributions(reference_temperatures(rapo.reference))
+        for log_q, log_p in zip(references, self.distributions([TEMPERATURE] * 4, model)):
+            ids = log_q.topk(k).indices
+            q, p = log_q.exp(), log_p.exp()
+            named = (q * (log_q - log_p)).gather(-1, ids).sum(-1)
+            rest = torch.ones_like(q).scatter(-1, ids, 0)
+            if k < 264:
+                tails = [(x * rest).sum(-1) for x in (q, p)]
+                named = named + tails[0] * (tails[0] / tails[1]).log()
+            found.append(named)
+        return found
 
     def update_batch(self):
         """Return the batch as the trainer completes it, off-policy so that every term of the loss acts."""
@@ -110,28 +137,37 @@ class Truth:
         return data
 
     def update(self, config, rapo):
-        """Return loss, metrics, gradients and weights of one step."""
-        data = self.update_batch()
+        """Return loss, metrics, gradient norm, gradients and weights of one step."""
+        data, model = self.update_batch(), copy.deepcopy(self.model)
         tu.assign_non_tensor(data, dp_size=1, batch_num_tokens=sum(RESPONSES), global_batch_size=4)
-        log_probs, entropies = self.outputs([TEMPERATURE] * 4)
+        log_probs, entropies = self.outputs([TEMPERATURE] * 4, model)
         output = {"log_probs": jagged(log_probs), "entropy": jagged(entropies)}
+        if rapo.forward_kl.estimator in PER_TOKEN_ESTIMATORS:
+            output["forward_kl"] = jagged(self.forward_kl(rapo, model))
         loss, metrics = rapo_policy_loss(config, output, data, rapo=rapo)
         loss.backward()
-        named = dict(self.model.named_parameters())
+        named = dict(model.named_parameters())
         gradients = {name: parameter.grad.clone() for name, parameter in named.items()}
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        torch.optim.AdamW(self.model.parameters(), LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0).step()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0).step()
         return loss, metrics, norm, gradients, {name: parameter.detach() for name, parameter in named.items()}
 
 
-def run_ranks(truth: Truth, folder: Path, *, tensor: int, pipeline: int) -> list[dict]:
-    """Return what each rank of verl's engine wrote."""
+def reference_temperatures(reference: ReferenceConfig) -> torch.Tensor:
+    """Return the temperature of each response's reference."""
+    phi = reward_to_phi(torch.tensor(REWARDS), reference)
+    return reference_temperature(phi, temperature=TEMPERATURE, reading="token")
+
+
+def run_ranks(truth: Truth, folder: Path, *, tensor: int, pipeline: int, resume: Path | None = None) -> list[dict]:
+    """Return what each rank of verl's engine wrote: of everything, or of going on from a checkpoint."""
     torch.save(truth.batch, folder / "batch.pt")
     torch.save(truth.update_batch(), folder / "update.pt")
     spec = {
         "model": str(truth.folder), "tensor": tensor, "pipeline": pipeline, "temperature": TEMPERATURE,
         "batch": str(folder / "batch.pt"), "update": str(folder / "update.pt"), "out": str(folder),
-        "overrides": OVERRIDES,
+        "overrides": OVERRIDES, "estimators": ESTIMATORS, "resume": resume is not None,
+        "checkpoint": str(resume or folder / CHECKPOINT),
     }  # fmt: skip
     (folder / "spec.json").write_text(json.dumps(spec))
     with socket.socket() as free:
@@ -167,63 +203,109 @@ def run_ranks(truth: Truth, folder: Path, *, tensor: int, pipeline: int) -> list
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in ranks]
 
 
-# Two processes of half a minute each on an idle machine: `make test` leaves them to CI (.ci/run).
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tp2", "pp2")]
+# Processes of half a minute each on an idle machine: `make test` leaves them to CI (.ci/run).
+# Tied weights as 3B, its own head as 7B; each goes on from its checkpoint in another layout.
+LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2), "tp1": (1, 1)}
+TIED = {"tp2": True, "pp2": False, "tp2pp2": True}
+OTHER = {"tp2": "tp1", "pp2": "tp2", "tp2pp2": "pp2"}
+CHECKPOINT = "global_step_1/actor"
 
 
-@pytest.fixture(scope="module", name="case", params=SLOW)
+class Case:
+    """What all ranks of a layout wrote, and the truth."""
+
+    def __init__(self, folder: Path, name: str):
+        self.name, self.folder, self.truth = name, folder, Truth(folder, tied=TIED[name])
+        self.tensor, self.pipeline = LAYOUTS[name]
+        self.ranks = run_ranks(self.truth, folder, tensor=self.tensor, pipeline=self.pipeline)
+        # verl takes outputs from tensor rank 0 of the last stage.
+        self.out = self.ranks[self.tensor * (self.pipeline - 1)]
+
+    def resumed(self) -> dict:
+        """Return what the rank with outputs wrote of going on in the other layout."""
+        tensor, pipeline = LAYOUTS[OTHER[self.name]]
+        folder = self.folder / "resumed"
+        folder.mkdir()
+        checkpoint = self.folder / CHECKPOINT
+        ranks = run_ranks(self.truth, folder, tensor=tensor, pipeline=pipeline, resume=checkpoint)
+        return ranks[tensor * (pipeline - 1)]
+
+
+@pytest.fixture(scope="module", name="case", params=[pytest.param(name, marks=pytest.mark.slow) for name in TIED])
 def engine_and_truth(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    tensor, pipeline = (2, 1) if request.param == "tp2" else (1, 2)
-    truth = Truth(folder, tied=tensor == 2)  # as 3B and as 7B
-    ranks = run_ranks(truth, folder, tensor=tensor, pipeline=pipeline)
-    # verl takes outputs from tensor rank 0 of the last stage.
-    return truth, ranks, ranks[-1] if pipeline == 2 else ranks[0], (tensor, pipeline)
+    return Case(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def rows_of(nested):
     return list(nested.unbind())
 
 
+def assert_rows_close(got, want):
+    for row, expected in zip(response_of(rows_of(got)), response_of(want)):
+        torch.testing.assert_close(row, expected, **CLOSE)
+
+
+def test_engine_is_the_one_that_is_registered(case):
+    assert [name for rank in case.ranks for name in rank["engine"][:3]] == [
+        "RapoMegatronEngine", "MegatronHead", "GuardedMegatronEngine",
+    ] * len(case.ranks)  # fmt: skip
+
+
 def test_reference_pass_has_a_temperature_per_sample(case):
-    truth, _, out, _ = case
-    reference = ReferenceConfig(phi_min=0.9)  # the recipe's
-    phi = reward_to_phi(torch.tensor(REWARDS), reference)
-    temperatures = reference_temperature(phi, temperature=TEMPERATURE, reading="token")
+    temperatures = reference_temperatures(ReferenceConfig(phi_min=0.9))  # the recipe's
     assert len(set(temperatures.tolist())) == 3
     with torch.no_grad():
-        expected = response_of(truth.outputs(temperatures)[0])
-        plain = response_of(truth.outputs([TEMPERATURE] * 4)[0])
-    got = response_of(rows_of(out["ref_log_prob"]["log_probs"]))
-    for row, want in zip(got, expected):
-        torch.testing.assert_close(row, want, **CLOSE)
+        expected = case.truth.outputs(temperatures)[0]
+        plain = response_of(case.truth.outputs([TEMPERATURE] * 4)[0])
+    got = case.out["ref_log_prob"]["log_probs"]
+    assert_rows_close(got, expected)
     # The test would be empty if reweighting did nothing; a reward of 1 leaves the reference as it is.
+    got = response_of(rows_of(got))
     assert not torch.allclose(got[0], plain[0], **CLOSE)
     torch.testing.assert_close(got[1], plain[1], **CLOSE)
 
 
 def test_log_prob_pass_gives_transformers_log_probs_and_entropy(case):
-    truth, _, out, _ = case
     with torch.no_grad():
-        log_probs, entropies = truth.outputs([TEMPERATURE] * 4)
+        log_probs, entropies = case.truth.outputs([TEMPERATURE] * 4)
     for name, expected in (("log_probs", log_probs), ("entropy", entropies)):
-        for row, want in zip(response_of(rows_of(out["old_log_prob"][name])), response_of(expected)):
-            torch.testing.assert_close(row, want, **CLOSE)
+        assert_rows_close(case.out["old_log_prob"][name], expected)
 
 
-def test_update_has_the_same_loss_gradients_and_weights(case):
-    truth, _, out, _ = case
+def test_reference_names_the_tokens_that_transformers_finds_likeliest(case):
+    temperatures = reference_temperatures(ReferenceConfig(phi_min=0.6))
+    with torch.no_grad():
+        log_q = torch.cat(response_of(case.truth.distributions(temperatures)))
+        sampled = case.truth.outputs(temperatures)[0]
+    for name in ESTIMATORS:
+        output = case.out[name]["reference"]
+        assert_rows_close(output["log_probs"], sampled)
+        ids, log_prob, log_tail = (output[field].values() for field in FIELDS)
+        assert ids.shape == (sum(RESPONSES), K if name == "topk" else 264)
+        torch.testing.assert_close(log_prob, log_q.topk(ids.shape[1]).values, **CLOSE)
+        torch.testing.assert_close(log_prob, log_q.gather(1, ids.long()), **CLOSE)
+        rest = log_q.scatter(1, ids.long(), -torch.inf).logsumexp(1)
+        torch.testing.assert_close(log_tail, rest, **CLOSE)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", *ESTIMATORS])
+def test_update_has_the_same_loss_gradients_and_weights(case, estimator):
     group = compose_config(["experiment=qwen2.5_7b_rapo", *OVERRIDES]).actor_rollout_ref
     group.actor.use_kl_loss = False
     rapo = RapoConfig(reference=ReferenceConfig(phi_min=0.9))
-    before = {name: p.detach().clone() for name, p in truth.model.named_parameters()}
-    loss, metrics, norm, gradients, weights = truth.update(omega_conf_to_dataclass(group.actor), rapo)
-    said = tu.get(out["update"], "metrics")
+    if estimator in ESTIMATORS:
+        reference = ReferenceConfig(phi_min=0.6, top_k=K)
+        rapo = RapoConfig(reference=reference, forward_kl=ForwardKLConfig(estimator=estimator))
+    before = {name: p.detach() for name, p in case.truth.model.named_parameters()}
+    loss, metrics, norm, gradients, weights = case.truth.update(omega_conf_to_dataclass(group.actor), rapo)
+    out = case.out[estimator]
+    said = tu.get(out["metrics"], "metrics")
     assert said["loss"] == pytest.approx([loss.item()], rel=1e-4)
     assert said["grad_norm"] == pytest.approx([norm.item()], rel=1e-4)
     assert norm > 1  # so that clipping acts too
     for name in ("rapo/forward_kl", "rapo/reference_mass_sampled", "rapo/log_rho_mean"):
         assert float(torch.as_tensor(said[name]).sum()) == pytest.approx(float(metrics[name].aggregate()), rel=1e-4)
+    assert float(metrics["rapo/forward_kl"].aggregate()) > 1e-3
     assert out["weights"].keys() == before.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(out["gradients"][name], gradient, rtol=1e-3, atol=1e-5 * norm.item())
@@ -233,23 +315,80 @@ def test_update_has_the_same_loss_gradients_and_weights(case):
         assert (weights[name] - before[name])[sure].abs().min() > 0.5 * LR
 
 
-def test_exported_weights_reload_as_a_hugging_face_model(case):
-    truth, _, out, _ = case
-    model = Qwen2ForCausalLM(truth.model.config).float()
-    missing, unexpected = model.load_state_dict(out["weights"], strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    for ids in truth.ids:
-        with torch.no_grad():
-            moved = model(ids[None]).logits
-        assert torch.isfinite(moved).all()
+def assert_same_second_update(got: dict, want: dict, **tolerance):
+    assert_rows_close(got["log_prob"]["log_probs"], rows_of(want["log_prob"]["log_probs"]))
+    for name, weight in want["weights"].items():
+        torch.testing.assert_close(got["weights"][name], weight, **tolerance)
+    lr = [tu.get(out["metrics"], "metrics")["lr"] for out in (got, want)]
+    # Linear from LR over ten updates, two of them done: a scheduler that began anew would be one behind.
+    assert lr[0] == lr[1] == pytest.approx([LR * 0.8])
+
+
+def test_resumed_actor_goes_on_as_if_nothing_had_happened(case):
+    # Same layout, same process: to the bit.
+    assert_same_second_update(case.out["resumed"], case.out["second"], rtol=0, atol=0)
+
+
+def test_checkpoint_resumes_in_another_layout(case):
+    # Weights, moments and place in the schedule: Adam divides by the square root of small second moments.
+    assert_same_second_update(case.resumed(), case.out["second"], rtol=0, atol=LR * 2e-2)
+
+
+def test_checkpoint_reloads_as_a_hugging_face_model(case):
+    folder = resolve_model(str(case.folder / CHECKPOINT).removesuffix("/actor"))
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weights = dict(model.named_parameters())
+    for name, weight in case.out["sampled"]["weights"].items():
+        assert torch.equal(weights[name], weight), name
+    with torch.no_grad():
+        log_probs = case.truth.outputs([TEMPERATURE] * 4, model)[0]
+    assert_rows_close(case.out["second"]["log_prob"]["log_probs"], log_probs)
+
+
+VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+model, rows = sys.argv[1], json.loads(sys.argv[2])
+llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=4, enable_chunked_prefill=False,
+          max_num_batched_tokens=16384, enable_prefix_caching=False)
+done = llm.generate([{"prompt_token_ids": row} for row in rows], SamplingParams(max_tokens=1, prompt_logprobs=0))
+found = [[p[t].logprob for p, t in zip(d.prompt_logprobs[1:], row[1:])] for d, row in zip(done, rows)]
+print("LOGPROBS" + json.dumps(found))
+"""
+
+
+def test_checkpoint_in_vllm_has_the_same_log_probs(case):
+    pytest.importorskip("vllm.version", reason="vLLM is not installed")
+    if case.name == "tp2pp2":
+        pytest.skip("tp2 and pp2 show both kinds of head")
+    folder = resolve_model(str(case.folder / CHECKPOINT).removesuffix("/actor"))
+    rows = json.dumps([ids.tolist() for ids in case.truth.ids])
+    env = {**os.environ, **CPU_ENVIRONMENT, "VERL_PLATFORM": "cpu"}
+    command = [sys.executable, "-c", VLLM, str(folder), rows]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOGPROBS")]
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = case.truth.outputs([1.0] * 4, model)[0]
+    for got, want in zip(json.loads(line.removeprefix("LOGPROBS")), expected):
+        # Two implementations of the network in fp32, log-probs of size up to 20.
+        torch.testing.assert_close(torch.tensor(got), want[:-1], rtol=1e-4, atol=1e-3)
 
 
 def test_gradient_that_is_not_finite_stops_every_rank_before_the_optimizer_steps(case):
-    _, ranks, out, _ = case
-    assert all("update 2" in rank["refused"] and "not finite" in rank["refused"] for rank in ranks)
-    assert re.search(r"losses of the micro-batches: \[(nan, \S+|\S+, nan)\]", out["refused"])
-    for name, weight in out["weights"].items():
-        assert torch.equal(out["weights_after_refusal"][name], weight), name
+    # The third update of this engine.
+    assert all("update 3" in rank["refused"] and "not finite" in rank["refused"] for rank in case.ranks)
+    assert re.search(r"losses of the micro-batches: \[(nan, \S+|\S+, nan)\]", case.out["refused"])
+    for name, weight in case.out["second"]["weights"].items():
+        assert torch.equal(case.out["weights_after_refusal"][name], weight), name
+
+
+def test_plan_counts_the_parameters_of_each_rank(case):
+    shape = shape_of(str(case.truth.folder))
+    tensor, pipeline = case.tensor, case.pipeline
+    planned = [rank_parameters(shape, tensor=tensor, pipeline=pipeline, stage=stage) for stage in range(pipeline)]
+    assert [rank["count"] for rank in case.ranks] == [planned[rank // tensor] for rank in range(tensor * pipeline)]
 
 
 def test_verl_still_steps_on_any_gradient_and_looks_engines_up_as_we_register_ours(monkeypatch):
@@ -266,10 +405,3 @@ def test_verl_still_steps_on_any_gradient_and_looks_engines_up_as_we_register_ou
     assert issubclass(EngineRegistry.get_engine_cls("language_model", "megatron"), GuardedMegatronEngine)
     monkeypatch.setenv("VERL_ENGINE_VENDOR", "metax")
     assert EngineRegistry.get_engine_cls("language_model", "megatron") is MegatronEngineWithLMHead
-
-
-def test_plan_counts_the_parameters_of_each_rank(case):
-    truth, ranks, _, (tensor, pipeline) = case
-    shape = shape_of(str(truth.folder))
-    planned = [rank_parameters(shape, tensor=tensor, pipeline=pipeline, stage=stage) for stage in range(pipeline)]
-    assert [rank["count"] for rank in ranks] == [planned[rank // tensor] for rank in range(tensor * pipeline)]

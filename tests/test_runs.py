@@ -147,6 +147,30 @@ def test_every_form_of_the_forward_kl_trains(toy_dir, tmp_path, form):
 
 
 @pytest.mark.slow
+def test_lora_reference_is_the_actor_without_adapters_reweighted(toy_dir, tmp_path):
+    lora = ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora.merge=true"]
+    code, output = train(toy_dir, tmp_path / "run", "toy_rapo_cpu", 2, *lora)
+    assert code == 0, output[-4000:]
+    first, second = read_metrics(tmp_path / "run")
+    # Adapters start at zero: the KL of the first update comes from phi alone, and would be 0 without it.
+    assert first["rapo/forward_kl"] > 1e-3 and first["rapo/phi_min"] == pytest.approx(0.8)
+    assert first["actor/grad_norm"] > 0 and second["rapo/forward_kl"] != first["rapo/forward_kl"]
+
+
+@pytest.mark.slow
+def test_colocated_asynchronous_trainer_trains_and_goes_on_from_its_checkpoint(toy_dir, tmp_path):
+    mode = ["trainer.v1.trainer_mode=rapo_colocate_async", "trainer.save_freq=2",
+            "trainer.v1.sampler.custom_sampler.name=StrictReplayBufferAsync"]  # fmt: skip
+    for steps in (2, 3):
+        code, output = train(toy_dir, tmp_path / "run", "toy_rapo_cpu", steps, *mode)
+        assert code == 0, output[-4000:]
+    steps = read_metrics(tmp_path / "run")
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert all(step["rapo/forward_kl"] > 0 and step["actor/grad_norm"] > 0 for step in steps)
+    assert (tmp_path / "run/checkpoints/global_step_2/transfer_queue").is_dir()
+
+
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits(toy_dir, tmp_path, rapo_run):
     args = (toy_dir, tmp_path / "run", "toy_rapo_cpu", 6, "trainer.save_freq=3")
     process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,6 +1,7 @@
 """veRL finds our names, and what we override or rely on in veRL 0.9.1 is still what it was when we wrote it."""
 
 import ast
+import asyncio
 import importlib.metadata
 import importlib.util
 import inspect
@@ -18,12 +19,15 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
+from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import MAGIC_ATTR
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import distributed
 from verl.utils import tensordict_utils as tu
@@ -32,14 +36,21 @@ from verl.utils.py_functional import rename_dict
 from verl.workers.config import HFModelConfig
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine, FSDPEngineWithLMHead
-from verl.workers.engine_workers import ActorRolloutRefWorker
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
 
 from rapo_verl.compose import compose_config
+from rapo_verl.modes import MODES
 from rapo_verl.plugin import register_trainers
 from rapo_verl.reweighting import reference_temperature
-from rapo_verl.rollout import SeededAgentLoopManager, SeededAgentLoopWorker, StrictReplayBuffer
+from rapo_verl.rollout import (
+    SeededAgentLoopManager,
+    SeededAgentLoopWorker,
+    StrictReplayBuffer,
+    StrictReplayBufferAsync,
+)
 from rapo_verl.safe_trainer import SafeTrainerMixin
 from rapo_verl.trainer import RapoTrainerMixin, RapoTrainerSync
 
@@ -84,7 +95,8 @@ from rapo_verl.plugin import register_trainers
 register_trainers()
 register_trainers()
 from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
-seen["trainer"] = get_trainer_cls("rapo_sync").__name__
+modes = ("sync", "colocate_async", "separate_async")
+seen["trainers"] = [get_trainer_cls(prefix + mode).__name__ for prefix in ("", "rapo_") for mode in modes]
 print(json.dumps(seen))
 """
 
@@ -181,8 +193,9 @@ def test_runs_on_one_machine_have_sockets_of_their_own(found):
     assert "RAPO_RUN_DIR" in found["no_run"]
 
 
-def test_trainer_registry_returns_our_trainer(found):
-    assert found["trainer"] == "RapoTrainerSync"
+def test_trainer_registry_returns_our_trainers(found):
+    modes = ("Sync", "ColocateAsync", "SeparateAsync")
+    assert found["trainers"] == [f"{kind}Trainer{mode}" for kind in ("Safe", "Rapo") for mode in modes]
 
 
 def test_verl_swallows_a_plugin_that_raises_but_not_an_external_module(found, bare):
@@ -216,7 +229,7 @@ def test_classes_that_the_recipe_names_are_found_as_verl_looks_them_up():
 def test_overridden_worker_methods_keep_their_dispatch():
     from rapo_verl.reference_worker import RapoWorker
 
-    for name in ("init_model", "compute_ref_log_prob"):
+    for name in ("init_model", "compute_ref_log_prob", "compute_log_prob"):
         ours, theirs = (getattr(getattr(cls, name), MAGIC_ATTR) for cls in (RapoWorker, ActorRolloutRefWorker))
         assert ours["execute_mode"] == theirs["execute_mode"] and ours["blocking"] == theirs["blocking"]
         assert plain(ours["dispatch_mode"]) == plain(theirs["dispatch_mode"])
@@ -258,6 +271,7 @@ WORKER_TQ = AgentLoopWorkerTQ.__ray_actor_class__
         (ActorRolloutRefWorker.__init__, ["self", "config", "role", "distillation_config=None", "**kwargs"]),
         (ActorRolloutRefWorker.init_model, ["self"]),
         (ActorRolloutRefWorker.compute_ref_log_prob, ["self", "data"]),
+        (ActorRolloutRefWorker.compute_log_prob, ["self", "data"]),
         (WORKER_TQ._run_prompt, ["self", "prompt", "sampling_params", "trajectory", "trace=False"]),
         (
             AgentLoopWorker._run_agent_loop,
@@ -297,13 +311,61 @@ def test_methods_we_override_are_defined_where_we_think():
     assert issubclass(RapoTrainerSync, PPOTrainer) and RapoTrainerSync.base_mode == "sync"
 
 
-def test_every_mode_of_ours_is_watched_over():
+@pytest.mark.parametrize(
+    ("mode", "theirs"),
+    list(zip(MODES, (PPOTrainerSync, PPOTrainerColocateAsync, PPOTrainerSeparateAsync))),
+    ids=MODES,
+)
+def test_every_mode_of_ours_is_watched_over(mode, theirs):
     register_trainers()
-    for mode in ("sync", "rapo_sync"):
-        cls = trainer_base.get_trainer_cls(mode)
-        assert issubclass(cls, SafeTrainerMixin) and issubclass(cls, PPOTrainerSync)
+    for name in (mode, f"rapo_{mode}"):
+        cls = trainer_base.get_trainer_cls(name)
+        assert issubclass(cls, SafeTrainerMixin) and issubclass(cls, theirs)
         # Else veRL's own method would be found before ours.
-        assert cls.__mro__.index(SafeTrainerMixin) < cls.__mro__.index(PPOTrainerSync)
+        assert cls.__mro__.index(SafeTrainerMixin) < cls.__mro__.index(theirs)
+    assert cls.base_mode == mode and cls.__mro__[:2] == (cls, RapoTrainerMixin)
+
+
+def test_every_mode_has_rapo_s_worker_and_what_verl_s_own_worker_of_that_mode_can():
+    from rapo_verl.reference_worker import RapoWorker
+
+    register_trainers()
+    config = compose_config(["experiment=qwen2.5_7b_rapo"])
+    for mode in MODES:
+        trainer = object.__new__(trainer_base.get_trainer_cls(f"rapo_{mode}"))
+        trainer.config = config
+        trainer._init_resource_pool_mgr()
+        (worker,) = trainer.role_worker_mapping.values()
+        assert worker.__ray_actor_class__ is RapoWorker
+    # trainer_separate_async.py calls these; dispatched as veRL's.
+    for name in ("save_model_to_cpu", "restore_model_from_cpu", "clear_cpu_model"):
+        assert getattr(RapoWorker, name) is getattr(DetachActorWorker, name)
+
+
+def test_asynchronous_buffer_drops_old_samples_as_verl_s_and_is_strict_as_ours():
+    order = StrictReplayBufferAsync.__mro__
+    assert order[1:4] == (StrictReplayBuffer, ReplayBufferAsync, ReplayBuffer)
+    assert StrictReplayBufferAsync._terminal_eviction_reasons is ReplayBufferAsync._terminal_eviction_reasons
+    assert StrictReplayBufferAsync.sample is StrictReplayBuffer.sample
+
+
+@pytest.mark.parametrize(
+    ("mode", "validate", "seeded"),
+    [("sync", False, True), ("rapo_colocate_async", False, False), ("separate_async", False, False),
+     ("colocate_async", True, True)],
+)  # fmt: skip
+def test_requests_that_may_be_interrupted_have_no_seed(monkeypatch, mode, validate, seeded):
+    sent = []
+
+    async def run_agent_loop(self, sampling_params, trajectory, **kwargs):
+        sent.append(sampling_params)
+
+    monkeypatch.setattr(WORKER_TQ, "_run_agent_loop", run_agent_loop)
+    worker = object.__new__(SeededAgentLoopWorker)
+    worker.config = compose_config([f"trainer.v1.trainer_mode={mode}"])
+    trajectory = {"validate": validate, "step": 1, "sample_index": 2}
+    asyncio.run(worker._run_agent_loop({"top_p": 1.0}, trajectory, session_id=0))
+    assert ("seed" in sent[0]) == seeded and sent[0]["top_p"] == 1.0
 
 
 def test_replay_buffer_takes_the_poll_interval_that_we_pass():
@@ -404,6 +466,16 @@ def source(thing) -> str:
             ActorRolloutRefWorker.compute_ref_log_prob,
             ["output = self.ref.infer_batch(data=data)", "return output.cpu() if output is not None else None"],
         ),
+        # With LoRA the reference is the actor: rapo_verl/reference_worker.py takes it by this name.
+        (
+            PPOTrainer._compute_ref_log_prob,
+            ['metadata["no_lora_adapter"] = True', "output = self.actor_rollout_wg.compute_log_prob(batch)"],
+        ),
+        (TrainingWorker.infer_batch, ['no_lora_adapter = tu.pop(data, key="no_lora_adapter", default=False)']),
+        (PPOTrainerSeparateAsync._init_resource_pool_mgr, ["ray.remote(DetachActorWorker)"]),
+        (PPOTrainerSeparateAsync.__init__, ["assert train_batch_size == parameter_sync_step * ppo_mini_batch_size"]),
+        # rapo_verl/rollout.py: an interrupted request goes on with the same sampling parameters.
+        (FullyAsyncLLMServerClient.generate, ["prompt_ids=prompt_ids + final_output.token_ids, sampling_params=s"]),
         (
             FSDPEngineWithLMHead.forward_step,
             ["loss_function( model_output=model_output, data=micro_batch, dp_group=self.get_data_parallel_group() )"],
