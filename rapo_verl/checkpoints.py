@@ -19,6 +19,8 @@ from omegaconf import DictConfig, ListConfig
 
 from rapo_verl.files import write_atomic
 
+# In a run's folder.
+CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 ASIDE = ".incomplete"

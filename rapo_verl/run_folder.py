@@ -1,8 +1,6 @@
 """What can be asked of a run's folder: the checkpoints, a batch that held NaN."""
 
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,10 +8,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from rapo_verl.checkpoints import CheckpointError, check, damage, read_checkpoints
+from rapo_verl.checkpoints import CHECKPOINTS, CheckpointError, check, damage, read_checkpoints
+from rapo_verl.evaluation.model import exported, merge_into
+from rapo_verl.evaluation.plan import PlanError
 from rapo_verl.launch import CONFIG_FILE
-
-CHECKPOINTS = "checkpoints"
 
 
 def show_checkpoints(run: Path, *, verify: bool) -> bool:
@@ -52,19 +50,14 @@ def export_checkpoint(run: Path, step: int, to: Path) -> Path:
     if to.exists():
         raise CheckpointError(f"{to} exists; give another folder with --to")
     check(chosen, {})
-    actor = chosen.folder / "actor"
-    if list((actor / "huggingface").glob("*.safetensors")):
-        shutil.copytree(actor / "huggingface", to)
-        return to
-    config = OmegaConf.load(run / CONFIG_FILE)
-    backend = "megatron" if config.actor_rollout_ref.actor.strategy == "megatron" else "fsdp"
-    command = [
-        sys.executable, "-m", "verl.model_merger", "merge", "--backend", backend,
-        "--local_dir", str(actor), "--target_dir", str(to),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise CheckpointError(f"veRL's merger failed on {actor}:\n{done.stderr[-2000:]}")
+    try:
+        export = exported(chosen.folder)
+        if export:
+            shutil.copytree(export, to)
+        else:
+            merge_into(chosen.folder, to)
+    except PlanError as error:
+        raise CheckpointError(str(error)) from error
     return to
 
 

@@ -36,7 +36,7 @@ def rapo(*arguments):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Base, its second draw and an RL model, on two sets of problems, judged through the command."""
+    """Base, its second draw and an RL model, on two sets of problems; the last is judged already."""
     root = tmp_path_factory.mktemp("evals")
     problems = tuple(
         replace(p, id=f"{p.id}{EVIL}", source=f"aime2{4 + i % 2}", messages=({"role": "user", "content": f"{EVIL}?"},))
@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
     for name, changes in (("base", {}), ("rapo", {"model": "1" * 64}), ("base_draw2", {"draw": 2})):
         drawn = draw(root / name, problems=problems, **changes)
         run(drawn, HostileEngine())
-    done = rapo("score", root / "base", root / "rapo", root / "base_draw2", "--strictness", "integer", "--jobs", 1)
+    done = rapo("score", root / "rapo", "--strictness", "integer", "--jobs", 1)
     assert done.exit_code == 0, done.output
     return root
 
@@ -53,11 +53,16 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(folders):
     out = folders / "report"
-    done = rapo(
-        "report", folders / "base", folders / "rapo", "--hard-from", folders / "base_draw2", "--out", out, "--draws", 50
-    )
+    wish = ("report", folders / "base", folders / "rapo", "--hard-from", folders / "base_draw2", "--out", out)
+    done = rapo(*wish, "--draws", 50, "--score", "--strictness", "integer")
     assert done.exit_code == 0, done.output
-    return out, json.loads((out / "summary.json").read_text())
+    judged = [int(count) for count in re.findall(rf": (\d+) of {PROBLEMS} problems judged", done.output)]
+    return out, json.loads((out / "summary.json").read_text()), judged
+
+
+def test_report_with_score_judges_first_what_is_not_judged(report):
+    assert report[2] == [PROBLEMS, 0, PROBLEMS]
+    assert report[1]["hard"]["draw_seed"] == 2
 
 
 def test_hostile_responses_questions_and_ids_stay_text(report):
@@ -80,7 +85,7 @@ def test_long_texts_are_cut_in_the_middle(report):
 
 
 def test_every_cell_of_the_matrix_says_its_counts(report):
-    out, summary = report
+    out, summary, _ = report
     page = (out / "report.html").read_text()
     titles = re.findall(r'<td title="[^"]*?(base|rapo) (\d+) of (\d+), p in \[', page)
     want = [
@@ -94,7 +99,7 @@ def test_every_cell_of_the_matrix_says_its_counts(report):
 
 
 def test_two_sets_have_their_own_curves_full_and_hard(report):
-    _, summary = report
+    _, summary, _ = report
     assert [row["label"] for row in summary["sets"]] == ["aime24", "aime25"]
     counts = np.array([row["cells"][0]["correct"] for row in summary["matrix"]])
     even = np.arange(PROBLEMS) % 2 == 0
@@ -104,7 +109,7 @@ def test_two_sets_have_their_own_curves_full_and_hard(report):
 
 
 def test_csv_and_latex_hold_the_summary(report):
-    out, summary = report
+    out, summary, _ = report
     rows = list(csv.DictReader((out / "passk.csv").open()))
     (row,) = (r for r in rows if (r["set"], r["scope"], r["model"], r["k"]) == ("all", "full", "rapo", "16"))
     assert float(row["pass_at_k"]) == summary["models"][1]["full"]["mean"][summary["ks"].index(16)]
@@ -125,7 +130,7 @@ def test_hashes_and_settings_are_on_the_page(report, folders):
     assert "Hard chosen on" in page
 
 
-def test_hard_from_a_scored_draw_is_refused_and_when_forced_marked(folders, tmp_path):
+def test_hard_from_a_scored_draw_is_refused_and_when_forced_marked(folders, report, tmp_path):
     same = ("report", folders / "base", folders / "rapo", "--hard-from", folders / "base", "--draws", 20)
     refused = rapo(*same, "--out", tmp_path / "no")
     assert refused.exit_code == 2 and not (tmp_path / "no").exists()
@@ -135,7 +140,7 @@ def test_hard_from_a_scored_draw_is_refused_and_when_forced_marked(folders, tmp_
     assert "the SAME draw" in (tmp_path / "yes" / "passk.svg").read_text()
 
 
-def test_report_without_hard_says_so(folders, tmp_path):
+def test_report_without_hard_says_so(folders, report, tmp_path):
     done = rapo("report", folders / "base", "--out", tmp_path / "r", "--draws", 20)
     assert done.exit_code == 0, done.output
     assert "there is no Hard set" in (tmp_path / "r" / "report.html").read_text()

