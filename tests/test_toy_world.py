@@ -218,21 +218,6 @@ def test_probabilities_of_a_full_enumeration_sum_to_one(untrained: Path) -> None
     assert log_prob.exp().sum().item() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_pass_at_k_matches_closed_form_also_for_tiny_p() -> None:
-    p = np.array([0.0, 1.0, 0.25, 1e-9, 1.0 + 1e-12])
-    got = exact.exact_pass_at_k(p, [1, 4])
-    assert got[1] == pytest.approx((0 + 1 + 0.25 + 1e-9 + 1) / 5, rel=1e-12)
-    assert got[4] == pytest.approx((0 + 1 + (1 - 0.75**4) + 4e-9 + 1) / 5, rel=1e-9)
-
-
-def test_hard_pass_at_k_weights_by_the_base_failing_all_draws() -> None:
-    p, p_base = np.array([0.9, 0.5, 0.1]), np.array([1.0, 0.0, 0.5])
-    got = exact.exact_hard_pass_at_k(p, p_base, [1, 2], draws=3)
-    weight = np.array([0.0, 1.0, 0.125])
-    assert got[1] == pytest.approx((weight * p).sum() / weight.sum(), rel=1e-12)
-    assert got[2] == pytest.approx((weight * (1 - (1 - p) ** 2)).sum() / weight.sum(), rel=1e-12)
-
-
 def test_pretrain_lowers_the_loss_and_writes_a_loadable_checkpoint(toy: World, tmp_path: Path) -> None:
     out = tmp_path / "base"
     losses = base_model.pretrain(toy, out, seed=0, steps=40, batch_size=24, progress=False)

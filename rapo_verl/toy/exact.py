@@ -1,4 +1,4 @@
-"""Exact success probabilities of a toy model by enumeration, and pass@k from them without sampling noise."""
+"""Exact success probabilities of a toy model by enumeration."""
 
 import os
 from collections.abc import Sequence
@@ -37,7 +37,8 @@ def success_probabilities(
         solutions = [solution for problem in batch for solution in world.right_solutions(problem)]
         log_prob = response_log_prob(model, prompts, encode_solutions(tokenizer, solutions))
         found.append(log_prob.exp().view(len(batch), -1).sum(dim=1).numpy())
-    return np.concatenate(found) if found else np.zeros(0)
+    # A sum of rounded terms may pass 1 by a rounding error.
+    return np.minimum(np.concatenate(found), 1.0) if found else np.zeros(0)
 
 
 @torch.inference_mode()
@@ -56,35 +57,3 @@ def response_log_prob(model: Qwen2ForCausalLM, prompts: torch.Tensor, responses:
     first = head.logits.repeat_interleave(each, dim=0)
     log_probs = torch.cat([first, tail.logits], dim=1).double().log_softmax(dim=-1)
     return log_probs.gather(2, responses[..., None]).squeeze(2).sum(dim=1)
-
-
-def exact_pass_at_k(p: FloatArray, ks: Sequence[int]) -> dict[int, float]:
-    """Return {k: mean over problems of 1 - (1 - p)^k}.
-
-    Args:
-        p: success probability of each problem, [n].
-        ks: numbers of draws.
-    """
-    return {k: float(np.mean(_solved_within(p, k))) for k in ks}
-
-
-def exact_hard_pass_at_k(p: FloatArray, p_base: FloatArray, ks: Sequence[int], *, draws: int) -> dict[int, float]:
-    """Return pass@k on the Hard subset, in expectation over which problems the base leaves unsolved.
-
-    sum_i w_i (1 - (1 - p_i)^k) / sum_i w_i with w_i = (1 - p_base_i)^draws: problem i is Hard when the base fails it in
-    all of `draws` draws, and is scored on a fresh draw.
-
-    Args:
-        p: success probability of each problem, [n].
-        p_base: the same problems' success probability under the base model, [n].
-        ks: numbers of draws the score allows.
-        draws: number of draws that decides whether the base fails a problem.
-    """
-    weight = 1.0 - _solved_within(p_base, draws)
-    return {k: float(np.average(_solved_within(p, k), weights=weight)) for k in ks}
-
-
-def _solved_within(p: FloatArray, k: int) -> FloatArray:
-    """Return 1 - (1 - p)^k elementwise, accurate for p far below 1/k; p a rounding error above 1 counts as 1."""
-    with np.errstate(divide="ignore"):
-        return -np.expm1(k * np.log1p(-np.minimum(p, 1.0)))
