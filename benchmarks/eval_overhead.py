@@ -3,6 +3,7 @@
     python benchmarks/eval_overhead.py --toy-dir runs/toy/base0 --n 512 --problems 24 --rounds 2
 
 Each measurement is a process of its own; loading is left out of both. Ours includes shard files, flushed to disk.
+On a shared machine the ratio per processor second, of all processes of a side, is what to compare.
 """
 
 import argparse
@@ -16,14 +17,35 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from rapo_verl.evaluation.engines import CPU_ENVIRONMENT, EngineSpec, VllmEngine, has_gpu
 from rapo_verl.evaluation.generate import Request, generate
 from rapo_verl.evaluation.plan import Sampling
 from rapo_verl.evaluation.session import read_subject
 
 
-def bare(spec: EngineSpec, plan) -> tuple[int, float]:
-    """Return tokens and seconds of one call of vLLM's own `LLM.generate` over all requests."""
+class Clock:
+    """Seconds, and processor seconds of this process and its children, since it was made."""
+
+    def __init__(self) -> None:
+        self.start = self.read()
+
+    @staticmethod
+    def read() -> tuple[float, float]:
+        """Return now, and the processor seconds so far."""
+        me = psutil.Process()
+        times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+        return time.perf_counter(), sum(spent.user + spent.system for spent in times)
+
+    def elapsed(self) -> tuple[float, float]:
+        """Return both since the start."""
+        now, busy = self.read()
+        return now - self.start[0], busy - self.start[1]
+
+
+def bare(spec: EngineSpec, plan) -> tuple[int, float, float]:
+    """Return tokens, seconds and processor seconds of one call of vLLM's own `LLM.generate` over all requests."""
     from vllm import LLM, SamplingParams
 
     arguments = {key: value for key, value in spec.arguments().items() if key != "disable_log_stats"}
@@ -38,30 +60,31 @@ def bare(spec: EngineSpec, plan) -> tuple[int, float]:
     ]  # fmt: skip
     prompts = [{"prompt_token_ids": list(plan.prompts[job.problem])} for job in plan.jobs]
     llm.generate(prompts[:1], SamplingParams(n=8, max_tokens=4, seed=1), use_tqdm=False)
-    start = time.perf_counter()
+    clock = Clock()
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    seconds = time.perf_counter() - start
-    return sum(len(o.token_ids) for output in outputs for o in output.outputs), seconds
+    elapsed = clock.elapsed()
+    return sum(len(o.token_ids) for output in outputs for o in output.outputs), *elapsed
 
 
-def ours(spec: EngineSpec, draw) -> tuple[int, float]:
-    """Return tokens and seconds of the evaluator, engine start left out."""
+def ours(spec: EngineSpec, draw) -> tuple[int, float, float]:
+    """Return tokens, seconds and processor seconds of the evaluator, engine start left out."""
     engine = VllmEngine(spec)
-    tokens = 0
+    tokens, elapsed = 0, (0.0, 0.0)
 
-    async def measured() -> float:
+    async def measured() -> None:
         await engine.sample(Request(draw.plan.prompts[0], 8, 1, Sampling(max_tokens=4)))
-        start = time.perf_counter()
+        clock = Clock()
 
         def done(_: int, of_them: int) -> None:
-            nonlocal tokens
+            nonlocal tokens, elapsed
             tokens += of_them
+            # Before the engine, whose time counts, is closed.
+            elapsed = clock.elapsed()
 
         await generate([draw], lambda alive: [] if alive else [engine], started=lambda *_: None, done=done)
-        return time.perf_counter() - start
 
-    seconds = asyncio.run(measured())
-    return tokens, seconds
+    asyncio.run(measured())
+    return tokens, *elapsed
 
 
 def one(args: argparse.Namespace) -> None:
@@ -71,8 +94,8 @@ def one(args: argparse.Namespace) -> None:
     spec = EngineSpec(str(subject.folder), subject.longest)
     with tempfile.TemporaryDirectory() as folder:
         draw = subject.draw(Path(folder), n=args.n)
-        tokens, seconds = bare(spec, draw.plan) if args.side == "bare" else ours(spec, draw)
-    print(json.dumps({"tokens": tokens, "seconds": seconds}))
+        tokens, seconds, busy = bare(spec, draw.plan) if args.side == "bare" else ours(spec, draw)
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "busy": busy}))
 
 
 def main() -> None:
@@ -87,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.side:
         return one(args)
-    rates: dict[str, list[float]] = {"bare": [], "ours": []}
+    rates: dict[str, dict[str, list[float]]] = {side: {"seconds": [], "busy": []} for side in ("bare", "ours")}
     environment = {**({} if has_gpu() else CPU_ENVIRONMENT), **os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
     for number in range(args.rounds):
         # The order alternates, so that a drift of the machine does not favour one.
@@ -97,11 +120,14 @@ def main() -> None:
             if done.returncode != 0:
                 raise SystemExit(done.stderr[-3000:])
             found = json.loads(done.stdout.splitlines()[-1])
-            rates[side].append(found["tokens"] / found["seconds"])
-            print(f"{side}: {found['tokens']} tokens in {found['seconds']:.1f} s, {rates[side][-1]:,.0f} tokens/s")
-    medians = {side: statistics.median(values) for side, values in rates.items()}
-    ratio = medians["ours"] / medians["bare"]
-    print(f"median {medians['bare']:,.0f} and {medians['ours']:,.0f} tokens/s; ratio {ratio:.3f}")
+            for kind, values in rates[side].items():
+                values.append(found["tokens"] / found[kind])
+            words = f"{found['tokens']} tokens in {found['seconds']:.1f} s, {found['busy']:.1f} s of processor time"
+            print(f"{side}: {words}", flush=True)
+    for kind, unit in (("seconds", "second"), ("busy", "processor second")):
+        medians = [statistics.median(rates[side][kind]) for side in ("bare", "ours")]
+        shown = f"{medians[0]:,.0f} bare, {medians[1]:,.0f} ours; ratio {medians[1] / medians[0]:.3f}"
+        print(f"median tokens per {unit}: {shown}")
 
 
 if __name__ == "__main__":
