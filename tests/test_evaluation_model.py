@@ -16,6 +16,7 @@ from rapo_verl.evaluation.cli import PRESETS, app
 from rapo_verl.evaluation.model import checkpoint_of, exported, resolve_model
 from rapo_verl.evaluation.plan import PlanError
 from rapo_verl.passk import default_ks
+from rapo_verl.run_folder import export_checkpoint
 
 
 def save(run, step, model=None):
@@ -43,6 +44,7 @@ def test_run_folder_stands_for_its_newest_whole_checkpoint(tmp_path):
     # Asked for by name, a checkpoint is taken as it is.
     assert resolve_model(str(unfinished)) == unfinished / "actor" / "huggingface"
     assert checkpoint_of("owner/name") == "owner/name"
+    assert [path.name for path in export_checkpoint(tmp_path, 2, tmp_path / "to").iterdir()] == ["model.safetensors"]
 
 
 def test_run_without_a_whole_checkpoint_is_refused_with_the_reasons(tmp_path):
