@@ -5,7 +5,6 @@ sample is worth.
 """
 
 import os
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,6 @@ def failure_path() -> Path | None:
     """Return the file that a failing reward leaves in the run folder, None outside a run of ours."""
     run_dir = os.environ.get(RUN_DIR_VARIABLE)
     return Path(run_dir) / FAILURE_FILE if run_dir else None
-
-
-# Seconds between two looks at whether the run's actors live.
-LIVENESS_SECONDS = 5.0
 
 
 class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
@@ -105,30 +100,10 @@ class StrictReplayBuffer(ReplayBuffer):
         poll_interval = float((sampler_kwargs or {}).get("poll_interval", 2.0))
         self.max_failed_share = float((sampler_kwargs or {}).get("max_failed_share", 0.1))
         super().__init__(*args, sampler_kwargs=sampler_kwargs, poll_interval=poll_interval, **kwargs)
-        self._actors: set[str] = set()
-        self._next_look = 0.0
-
-    def _refuse_dead_actors(self) -> None:
-        """Raise if an actor of the run has died since the last look.
-
-        veRL sends prompts to its rollout actors and forgets them (agent_loop_tq.py:104): with one of them dead, for
-        example by Ray's memory monitor, the buffer would wait for its responses for ever.
-        """
-        if time.monotonic() < self._next_look:
-            return
-        self._next_look = time.monotonic() + LIVENESS_SECONDS
-        alive = set(ray.util.list_named_actors())  # of this job: its namespace is its own
-        if gone := self._actors - alive:
-            raise RuntimeError(
-                f"{len(gone)} actor(s) of the run died: {', '.join(sorted(gone))}; the reason is in the log above (too "
-                "little memory, most often)"
-            )
-        self._actors = alive
 
     def _sync_metadata_from_transfer_queue(self) -> None:
         # verl 0.9.1 replay_buffer.py:112: "failed groups remain sampleable and missing trajectories are padded
         # downstream", so a reward function that raises would only shrink the batch.
-        self._refuse_dead_actors()
         super()._sync_metadata_from_transfer_queue()
         failed = {uid for uids in self.failure_keys.values() for uid in uids}
         if failed:

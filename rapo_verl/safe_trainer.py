@@ -17,6 +17,7 @@ from rapo_verl import guards
 from rapo_verl.checkpoints import CheckpointError, finish, identity, need_room, retain
 from rapo_verl.files import write_atomic
 from rapo_verl.launch import RESUME_VARIABLE, STOPPED_FILE
+from rapo_verl.liveness import actors_watched
 from rapo_verl.stopping import Stopping
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,11 @@ class SafeTrainerMixin(PPOTrainer):
         self._saved_step = self._resumed_step = 0
         self._step_started = 0.0
         super().__init__(config)
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        """Train as veRL does; the run ends when one of its actors has died."""
+        with actors_watched():
+            super().fit(agent_loop_manager)
 
     def _load_checkpoint(self) -> None:
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:850 trains from scratch where its tracker names a missing folder.

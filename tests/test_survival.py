@@ -145,11 +145,10 @@ def test_secret_in_the_config_is_refused(toy_dir, tmp_path, monkeypatch):
 def test_killed_actor_of_a_run_is_named_and_a_new_one_is_no_alarm(monkeypatch):
     import ray
 
-    from rapo_verl import rollout
+    from rapo_verl import liveness
 
-    monkeypatch.setattr(rollout, "LIVENESS_SECONDS", 0.0)
-    buffer = object.__new__(rollout.StrictReplayBuffer)
-    buffer._actors, buffer._next_look = set(), 0.0
+    monkeypatch.setattr(liveness, "LIVENESS_SECONDS", 0.1)
+    died = []
 
     class Worker:
         def pid(self):
@@ -159,16 +158,19 @@ def test_killed_actor_of_a_run_is_named_and_a_new_one_is_no_alarm(monkeypatch):
     try:
         actors = [ray.remote(num_cpus=0)(Worker).options(name=name).remote() for name in ("one", "two")]
         pids = ray.get([actor.pid.remote() for actor in actors])
-        buffer._refuse_dead_actors()
-        later = ray.remote(num_cpus=0)(Worker).options(name="three").remote()
-        ray.get(later.pid.remote())
-        for _ in range(3):
-            buffer._refuse_dead_actors()
-        os.kill(pids[1], signal.SIGKILL)
-        deadline = time.monotonic() + 60  # Ray notices in less than a second on an idle machine
-        with pytest.raises(RuntimeError, match=r"1 actor\(s\) of the run died: two;"):
-            while time.monotonic() < deadline:
-                buffer._refuse_dead_actors()
-                time.sleep(0.2)
+        with liveness.actors_watched(end=died.append):
+            time.sleep(1)
+            later = ray.remote(num_cpus=0)(Worker).options(name="three").remote()
+            ray.get(later.pid.remote())
+            time.sleep(1)
+            assert not died
+            os.kill(pids[1], signal.SIGKILL)
+            deadline = time.monotonic() + 60  # Ray notices in less than a second on an idle machine
+            while not died and time.monotonic() < deadline:
+                time.sleep(0.1)
+        assert died == [{"two"}]
+        with liveness.actors_watched(end=died.append):  # what is dead before is none of ours
+            time.sleep(1)
+        assert len(died) == 1
     finally:
         ray.shutdown()

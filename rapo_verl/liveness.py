@@ -1,0 +1,57 @@
+"""Ends a training one of whose actors has died, where veRL would wait for it for ever."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+
+# Seconds between two looks at whether the run's actors live.
+LIVENESS_SECONDS = 5.0
+ACTOR_DIED = 1
+
+
+def _end(gone: set[str]) -> None:
+    print(
+        f"rapo: {len(gone)} actor(s) of the run died: {', '.join(sorted(gone))}; the reason is in the log above (too "
+        "little memory, most often). Ending the run",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(ACTOR_DIED)
+
+
+@contextmanager
+def actors_watched(end: Callable[[set[str]], None] = _end) -> Iterator[None]:
+    """Watch the named actors of this Ray job, in a thread, while the body runs.
+
+    Not every loss reaches the trainer as an exception: prompts are sent to rollout actors and forgotten (verl 0.9.1
+    trainer/ppo/v1/agent_loop_tq.py:104), and a weight sync waits in a socket for a vLLM server that is gone
+    (workers/rollout/vllm_rollout/bucketed_weight_transfer.py:195).
+
+    Args:
+        end: called once with the names of the dead, at the second look that misses them, so that an exception that
+            says more comes first. By default it ends this process, and with it the run.
+    """
+    stop = threading.Event()
+
+    def watch() -> None:
+        known: set[str] = set()
+        missed: set[str] = set()
+        while not stop.wait(LIVENESS_SECONDS):
+            alive = set(ray.util.list_named_actors())  # of this job: its namespace is its own
+            if gone := missed - alive:
+                end(gone)
+                return
+            missed = known - alive
+            known |= alive
+
+    thread = threading.Thread(target=watch, name="rapo-liveness", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
