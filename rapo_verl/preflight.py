@@ -45,7 +45,7 @@ def problems_of(config: DictConfig) -> list[str]:
 
 
 def _check_method(config: DictConfig, rapo: RapoConfig) -> list[str]:
-    found = []
+    found: list[str] = []
     actor, mode = config.actor_rollout_ref.actor, config.trainer.v1.trainer_mode
     if not rapo.enabled:
         return found
