@@ -47,7 +47,7 @@ TRIES = {
         ("unbiased", 0.3, 0.8, 0.0),
     ],
 }
-# The readings beside the default, each with the best kind of either form, after all estimators of the default.
+# Every estimator with the default reading; the other readings with one estimator of either form.
 ESTIMATOR_RUNS = [
     *[(estimator, "token") for estimator in ESTIMATORS],
     *[(estimator, reading) for reading in ("nucleus", "unnormalized") for estimator in ("bounded", "topk")],
