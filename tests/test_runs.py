@@ -268,7 +268,9 @@ def test_raising_reward_stops_the_run_with_its_sample(toy_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["interrupt", "WorkerDict", "SeededAgentLoopWorker", "RewardLoopWorker"])
+@pytest.mark.parametrize(
+    "how", ["interrupt", "WorkerDict", "SeededAgentLoopWorker", "RewardLoopWorker", "vLLMHttpServer"]
+)
 def test_interrupted_run_leaves_no_process_and_a_second_start_works(toy_dir, tmp_path, how):
     args = (toy_dir, tmp_path / "run", "toy_rapo_cpu", 400, "trainer.save_freq=1")
     process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
