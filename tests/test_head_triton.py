@@ -22,7 +22,9 @@ triton = pytest.importorskip("triton")
 
 
 def test_kernels_in_tritons_interpreter_do_what_torch_does():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # One thread: it starts processes by fork, which a pool of threads does not survive.
+    variables = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | variables
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == list(INTERPRETED)
