@@ -10,6 +10,8 @@ PER_TOKEN_ESTIMATORS = ("topk", "full")
 ESTIMATORS = (*SAMPLE_ESTIMATORS, *PER_TOKEN_ESTIMATORS)
 # Largest vocabulary of `full`: each response token ships 8 bytes for each of its tokens.
 FULL_VOCABULARY = 4096
+# What Hugging Face's configs call a change of the logits after the head's product: Gemma 2's, Cohere's, Granite's.
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 READINGS = ("token", "nucleus", "unnormalized")
 PHI_SHAPES = ("linear", "step", "power")
 
@@ -75,6 +77,11 @@ class RapoConfig:
         """Whether the reference pass must tell more than the log-prob of the sampled token."""
         per_token = self.forward_kl.estimator in PER_TOKEN_ESTIMATORS
         return self.enabled and (per_token or (self.reweights and self.reference.reading == "nucleus"))
+
+    @property
+    def per_sample_temperature(self) -> bool:
+        """Whether the reference pass runs at a temperature for each sample."""
+        return self.enabled and self.reweights and self.reference.reading == "token" and not self.exports_tokens
 
     def problems(self) -> list[str]:
         """Return every problem of the settings as one line each (empty: none)."""

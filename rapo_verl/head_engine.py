@@ -6,8 +6,12 @@ A micro-batch asks for it by its fields, on response tokens only; any other goes
   ``log_probs``, the fields of `rapo_verl.reference_tokens.ReferenceTokens`;
 * the actor's pass carries the reference's `FIELDS`, and gets ``log_probs``, ``entropy`` and ``forward_kl`` from one
   function. veRL's own head is not run beside it: it divides and overwrites the logits that a KL would have saved.
+
+An engine that was told to `use_linear_head` makes no logits at all: what veRL's fused kernels do at one temperature for
+all samples, `rapo_verl.linear_head` does at one for each.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -16,8 +20,9 @@ from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.ulysses import slice_input_tensor
 
-from rapo_verl.config import FULL_VOCABULARY
+from rapo_verl.config import FULL_VOCABULARY, LOGIT_CHANGES
 from rapo_verl.head import Target, head
+from rapo_verl.linear_head import linear_head
 from rapo_verl.reference_tokens import phi_nodes, reference_tokens
 
 # The reweighted reference of each response token, jagged (batch, response[, k]): a `Target`.
@@ -79,11 +84,7 @@ def run_head(
         ValueError: from the head.
     """
     rows, token = index > 0, (index - 1).clamp_min(0)
-    if not torch.equal(labels[rows], micro_batch["responses"].values()[token[rows]]):
-        raise RuntimeError(
-            "veRL lays its labels out in another way than RAPO its targets; this layout (padding, context or sequence "
-            "parallel) is not supported by rapo.forward_kl.estimator=topk, full or rapo.reference.reading=nucleus"
-        )
+    _check_layout(labels, index, micro_batch)
     options: dict[str, Any] = {"temperature": temperature, "rows": rows, "group": group}
     if "rapo_top_k" in micro_batch:
         k = tu.get_non_tensor_data(micro_batch, "rapo_top_k", default=None)
@@ -99,6 +100,16 @@ def run_head(
     return found
 
 
+def _check_layout(labels: torch.Tensor, index: torch.Tensor, micro_batch: TensorDict) -> None:
+    rows = index > 0
+    if not torch.equal(labels[rows], micro_batch["responses"].values()[index[rows] - 1]):
+        raise RuntimeError(
+            "veRL lays its labels out in another way than RAPO its targets; this layout (padding, context or sequence "
+            "parallel) is not supported by rapo.forward_kl.estimator=topk, full, rapo.reference.reading=nucleus and "
+            "actor_rollout_ref.model.use_fused_kernels=true"
+        )
+
+
 def _whole_vocabulary(logits: torch.Tensor, group: Any) -> int:
     vocabulary = logits.shape[1] * (1 if group is None else torch.distributed.get_world_size(group))
     if vocabulary > FULL_VOCABULARY:
@@ -109,8 +120,75 @@ def _whole_vocabulary(logits: torch.Tensor, group: Any) -> int:
     return vocabulary
 
 
+def check_linear(config: Any, bias: Any) -> None:
+    """Raise ValueError if a model's logits are more than hidden states times a weight.
+
+    Args:
+        config: Hugging Face config of the model.
+        bias: of its head, or None.
+    """
+    changes = [name for name in LOGIT_CHANGES if getattr(config, name, None)]
+    if bias is not None or changes:
+        what = " and ".join((["a bias"] if bias is not None else []) + changes)
+        raise ValueError(
+            f"the model's head has {what}, which a fused linear head would leave out; set "
+            "actor_rollout_ref.model.use_fused_kernels=false"
+        )
+
+
 class FSDPHead:
     """For veRL's FSDP engines: packed or padded sequences, Ulysses sequence parallelism."""
+
+    _linear = False
+
+    def use_linear_head(self: Any) -> None:
+        """Let every pass of this engine, which has none with a gradient, go from hidden states to log-probs."""
+        model = getattr(self.module, "_fsdp_wrapped_module", self.module)
+        layer = model.get_output_embeddings()
+        check_linear(model.config, layer.bias)
+        # Inside the head's own call, for which FSDP2 gathers a weight that is not tied.
+        layer.forward = functools.partial(self._without_logits, layer)
+        # On the instance: veRL's fused kernels have replaced the forward of its class, the actor's too.
+        model.forward = functools.partial(self._forward, model)
+        self._linear = True
+
+    def prepare_model_inputs(self: Any, micro_batch: TensorDict) -> tuple[dict, dict]:
+        """Return veRL's inputs of the model, and what it needs afterwards."""
+        if not self._linear:
+            return super().prepare_model_inputs(micro_batch)  # type: ignore[misc]
+        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1162 allows its fused kernels one temperature.
+        plain = micro_batch.copy()
+        tu.assign_non_tensor(plain, use_fused_kernels=False)
+        inputs, output_args = super().prepare_model_inputs(plain)  # type: ignore[misc]
+        self._pass = output_args, micro_batch
+        return inputs, output_args
+
+    def _forward(self: Any, model: Any, **inputs: Any) -> Any:
+        """Return what veRL's fused forward does (verl 0.9.1 models/transformers/dense_common.py:82)."""
+        from verl.models.transformers.dense_common import CausalLMOutputForPPO
+
+        log_probs, entropy = model.get_output_embeddings()(model.base_model(**inputs)[0])
+        return CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy)
+
+    def _without_logits(self: Any, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return log-probs and entropy, shape (batch, length), for hidden states (batch, length, width)."""
+        labels, temperature, index, _ = self._laid_out(*self._pass, width=hidden.shape[1])
+        _check_layout(labels, index, self._pass[1])
+        found = linear_head(hidden.flatten(0, 1), layer.weight, labels, temperature=temperature, rows=index > 0)
+        return tuple(x.view(hidden.shape[:2]) for x in found)
+
+    def _laid_out(self: Any, output_args: dict, micro_batch: TensorDict, width: int) -> tuple[Any, ...]:
+        """Return labels, temperature and response index of each row of the logits; if padded, which rows are real."""
+        index, labels = response_index(micro_batch), output_args["input_ids_rmpad_rolled"]
+        if tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
+            index = torch.nn.functional.pad(index, (0, output_args["pad_size"]))
+            if self.use_ulysses_sp:
+                index = slice_input_tensor(index, dim=0, padding=False)
+            return labels, output_args["temperature_rmpad"], index, None
+        lengths = micro_batch["input_ids"].offsets().diff()
+        real = (torch.arange(width, device=index.device) < lengths[:, None]).flatten()
+        labels, index = (torch.zeros_like(real, dtype=x.dtype).masked_scatter_(real, x) for x in (labels, index))
+        return labels, output_args["temperature"].repeat_interleave(width), index, real
 
     def prepare_model_outputs(
         self: Any, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Any
@@ -122,28 +200,45 @@ class FSDPHead:
         logits = output.logits
         if isinstance(logits, DTensor):
             logits = logits.full_tensor()
-        offsets, index = micro_batch["input_ids"].offsets(), response_index(micro_batch)
-        labels = output_args["input_ids_rmpad_rolled"]
-        if tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
-            padding = output_args["pad_size"]
-            index = torch.nn.functional.pad(index, (0, padding))
-            if self.use_ulysses_sp:
-                index = slice_input_tensor(index, dim=0, padding=False)
-            # squeeze and not [0], whose backward makes and fills another tensor of this size.
-            found = run_head(logits.squeeze(0), labels, output_args["temperature_rmpad"], index, micro_batch)
-            found = {name: self._gather_and_unpad_packed(value, padding) for name, value in found.items()}
+        labels, temperature, index, real = self._laid_out(output_args, micro_batch, logits.shape[1])
+        # Not logits[0], whose backward makes and fills another tensor of this size.
+        flat = logits.squeeze(0) if real is None else logits.flatten(0, 1)
+        found = run_head(flat, labels, temperature, index, micro_batch)
+        if real is None:
+            found = {k: self._gather_and_unpad_packed(value, output_args["pad_size"]) for k, value in found.items()}
         else:
-            width = logits.shape[1]
-            real = (torch.arange(width, device=index.device) < offsets.diff()[:, None]).flatten()
-            labels, index = (torch.zeros_like(real, dtype=x.dtype).masked_scatter_(real, x) for x in (labels, index))
-            temperature = output_args["temperature"].repeat_interleave(width)
-            found = run_head(logits.flatten(0, 1), labels, temperature, index, micro_batch)
             found = {name: value[real] for name, value in found.items()}
+        offsets = micro_batch["input_ids"].offsets()
         return {name: torch.nested.nested_tensor_from_jagged(value, offsets) for name, value in found.items()}
 
 
 class MegatronHead:
     """For veRL's Megatron engine: tensor-, sequence- and context-parallel, packed (thd) or padded (bshd)."""
+
+    _linear = False
+
+    def use_linear_head(self: Any) -> None:
+        """Let every pass of this engine, which has none with a gradient, go from hidden states to log-probs."""
+        from verl.utils.megatron_utils import unwrap_model
+
+        if self.engine_config.use_fused_kernels:
+            from verl.models.mcore.model_forward_fused import unpatch_fused_forward
+
+            # verl 0.9.1 workers/engine/megatron/transformer_impl.py:522: its fused forward is not in our way then.
+            for chunk in self.module:
+                unpatch_fused_forward(chunk)
+            self.engine_config.use_fused_kernels = False
+        for layer in (m.output_layer for m in map(unwrap_model, self.module) if m.post_process):
+            check_linear(self.model_config.hf_config, layer.bias)
+            layer.forward = functools.partial(self._hidden_states, layer)
+        self._linear = True
+
+    def _hidden_states(self: Any, layer: Any, hidden: Any, weight: Any = None, **_: Any) -> tuple[Any, None]:
+        """Return, where Megatron expects this rank's logits, the hidden states (length, batch, width)."""
+        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+        self._head_weight = layer.weight if weight is None else weight  # given where it is the embedding's
+        return (gather_from_sequence_parallel_region(hidden) if layer.sequence_parallel else hidden), None
 
     def _lm_head_logits_processor(
         self: Any,
@@ -157,7 +252,7 @@ class MegatronHead:
     ) -> dict:
         # verl 0.9.1 workers/engine/megatron/transformer_impl.py:1191: divides the logits in place, and its
         # cross-entropy overwrites them (megatron.core tensor_parallel/cross_entropy.py).
-        if not asks_for_head(batch):
+        if not asks_for_head(batch) and not self._linear:
             options |= {"batch": batch, "data_format": data_format}
             return super()._lm_head_logits_processor(logits, label, temperature, **options)  # type: ignore[misc]
         from megatron.core import parallel_state
@@ -176,7 +271,15 @@ class MegatronHead:
         shape, flat = label.shape[:2], (label.flatten(), temperature.flatten(), index.flatten())
         if flat[2].shape != flat[0].shape:
             raise RuntimeError(f"veRL's labels have shape {tuple(shape)}, RAPO's targets {tuple(index.shape)}")
-        found = run_head(
-            logits.flatten(0, 1), *flat, batch, group if torch.distributed.get_world_size(group) > 1 else None
-        )
+        group = group if torch.distributed.get_world_size(group) > 1 else None
+        if asks_for_head(batch):
+            found = run_head(logits.flatten(0, 1), *flat, batch, group)
+        else:
+            # Megatron has made the last stage's output fp32, from the weight's dtype.
+            hidden, rows = logits.flatten(0, 1).to(self._head_weight.dtype), flat[2] > 0
+            _check_layout(flat[0], flat[2], batch)
+            log_prob, entropy = linear_head(
+                hidden, self._head_weight, flat[0], temperature=flat[1], rows=rows, group=group
+            )
+            found = {"log_probs": log_prob, "entropy": entropy}
         return {name: value.unflatten(0, shape) for name, value in found.items()}

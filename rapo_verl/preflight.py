@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import warnings
@@ -12,7 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from rapo_verl.config import FULL_VOCABULARY, RapoConfig, rapo_config_from
+from rapo_verl.config import RapoConfig, rapo_config_from
+from rapo_verl.head_config import problems_of_head, uses_lora
 from rapo_verl.modes import problems_of_mode
 from rapo_verl.reward import reward_settings
 
@@ -37,7 +37,7 @@ def problems_of(config: DictConfig) -> list[str]:
     except ValueError as error:
         found += str(error).splitlines()
     if rapo is not None:
-        found += _check_method(config, rapo)
+        found += _check_method(config, rapo) + problems_of_head(config, rapo)
     model = _check_model(config)
     found += problems_of_mode(config) + _check_cpu(config) + _check_megatron(config) + model + _check_data(config)
     found += _check_reward(config) + _check_run_dir(config) + _check_survival(config) + _check_secrets(config)
@@ -71,38 +71,6 @@ def _check_method(config: DictConfig, rapo: RapoConfig) -> list[str]:
         found.append(
             "algorithm.use_kl_in_reward would penalise the distance to the reward-reweighted reference; set it to false"
         )
-    model = config.actor_rollout_ref.model
-    if rapo.exports_tokens:
-        found += _check_head(config, rapo)
-    elif rapo.reweights and rapo.reference.reading == "token" and model.get("use_fused_kernels"):
-        found.append(
-            "rapo.reference.reading=token gives each sample its own temperature, which veRL's fused kernels do not "
-            "take; set actor_rollout_ref.model.use_fused_kernels=false, or rapo.reference.phi_min=1"
-        )
-    return found
-
-
-def _check_head(config: DictConfig, rapo: RapoConfig) -> list[str]:
-    """Return what stands in the way of RAPO's own head (rapo_verl/head_engine.py)."""
-    estimator, actor, model = rapo.forward_kl.estimator, config.actor_rollout_ref.actor, config.actor_rollout_ref.model
-    why = f"rapo.forward_kl.estimator={estimator}, rapo.reference.reading={rapo.reference.reading}"
-    found = []
-    for key, strategy in (("actor", actor.strategy), ("ref", config.actor_rollout_ref.ref.strategy)):
-        if strategy not in ("fsdp", "fsdp2", "megatron"):
-            found.append(f"actor_rollout_ref.{key}.strategy is {strategy}; with {why} allowed: fsdp, fsdp2, megatron")
-    if model.get("use_fused_kernels"):
-        found.append(f"{why} needs the logits, which veRL's fused kernels never make; set "
-                     "actor_rollout_ref.model.use_fused_kernels=false")  # fmt: skip
-    if actor.get("calculate_sum_pi_squared"):
-        found.append(f"actor_rollout_ref.actor.calculate_sum_pi_squared is not computed with {why}; set it to false")
-    file = Path(model.path) / "config.json"
-    vocabulary = json.loads(file.read_text()).get("vocab_size") if file.is_file() else None
-    if vocabulary and estimator == "full" and vocabulary > FULL_VOCABULARY:
-        found.append(f"rapo.forward_kl.estimator=full on a vocabulary of {vocabulary}; allowed: up to "
-                     f"{FULL_VOCABULARY}, since each response token ships its whole distribution. "
-                     "Use estimator=topk")  # fmt: skip
-    elif vocabulary and estimator != "full" and rapo.reference.top_k > vocabulary:
-        found.append(f"rapo.reference.top_k is {rapo.reference.top_k}, above the model's vocabulary of {vocabulary}")
     return found
 
 
@@ -110,7 +78,6 @@ def _check_cpu(config: DictConfig) -> list[str]:
     if config.trainer.device != "cpu":
         return []
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
-    lora = model.lora_rank > 0 or model.lora_adapter_path or model.lora.rank > 0
     wanted = {
         "actor_rollout_ref.actor.strategy": (config.actor_rollout_ref.actor.strategy, "fsdp2"),
         "actor_rollout_ref.ref.strategy": (config.actor_rollout_ref.ref.strategy, "fsdp2"),
@@ -118,7 +85,7 @@ def _check_cpu(config: DictConfig) -> list[str]:
         "actor_rollout_ref.rollout.free_cache_engine": (rollout.free_cache_engine, False),
         "actor_rollout_ref.rollout.enable_chunked_prefill": (rollout.enable_chunked_prefill, False),
         # With LoRA: the merged weights are sent, since the CPU's vLLM worker takes no adapters.
-        "actor_rollout_ref.model.lora.merge": (model.lora.merge or not lora, True),
+        "actor_rollout_ref.model.lora.merge": (model.lora.merge or not uses_lora(model), True),
     }
     return [
         f"{key} is {got}; on trainer.device=cpu only {allowed} works (start from experiment=cpu)"

@@ -50,6 +50,8 @@ class RapoWorker(DetachActorWorker):
                         "forward_kl.estimator=topk, full and rapo.reference.reading=nucleus run on fsdp, fsdp2 and "
                         "megatron of NVIDIA devices, and on the CPU"
                     )
+        if self.config.model.get("use_fused_kernels") and self.rapo.per_sample_temperature and self.ref is not None:
+            self.ref.engine.use_linear_head()
         if self.rapo.enabled and self._is_actor:
             # use_kl_loss made veRL build the reference; its reverse-KL term is left out of the loss.
             actor = OmegaConf.merge(self.config.actor, {"use_kl_loss": False})
@@ -88,7 +90,7 @@ class RapoWorker(DetachActorWorker):
         if self.rapo.exports_tokens:
             k = 0 if self.rapo.forward_kl.estimator == "full" else reference.top_k
             tu.assign_non_tensor(data, rapo_top_k=k, rapo_phi_min=reference.phi_min)
-        elif self.rapo.reweights and reference.reading == "token":
+        elif self.rapo.per_sample_temperature:
             del data["temperature"]
             data["temperature"] = reference_temperature(phi, temperature=temperature, reading=reference.reading)
         output = reference_pass(data)

@@ -233,6 +233,8 @@ class Rank:
             "old_log_prob": self.infer(actor.compute_log_prob, entropy=True),
             "sampled": self.one_update(actor),
         }
+        reference.ref.engine.use_linear_head()
+        results["linear_ref_log_prob"] = self.infer(reference.compute_ref_log_prob, entropy=False)
         actor.save_checkpoint(self.spec["checkpoint"], global_step=1)
         results["second"] = self.second_update(actor)
         results["resumed"] = self.resumed()

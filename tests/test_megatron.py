@@ -265,6 +265,15 @@ def test_reference_pass_has_a_temperature_per_sample(case):
     torch.testing.assert_close(got[1], plain[1], **CLOSE)
 
 
+def test_reference_pass_without_logits_gives_the_same_on_the_response(case):
+    with torch.no_grad():
+        expected = case.truth.outputs(reference_temperatures(ReferenceConfig(phi_min=0.9)))[0]
+    got = rows_of(case.out["linear_ref_log_prob"]["log_probs"])
+    assert all((row[: p - 1] == 0).all() for row, p in zip(got, PROMPTS))  # the prompt is not computed: it was ours
+    for row, want in zip(response_of(got), response_of(expected)):
+        torch.testing.assert_close(row, want, **CLOSE)
+
+
 def test_log_prob_pass_gives_transformers_log_probs_and_entropy(case):
     with torch.no_grad():
         log_probs, entropies = case.truth.outputs([TEMPERATURE] * 4)
