@@ -27,7 +27,7 @@ test-slow: $(STAMP)
 
 # On a mini Slurm cluster in namespaces: root and Debian's slurmctld slurmd slurm-client munge shellcheck; skipped without.
 test-slurm: $(STAMP)
-	$(VENV)/bin/python -m pytest -m "slurm and not slow" tests/slurm
+	$(VENV)/bin/python -m pytest -m slurm tests/slurm
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

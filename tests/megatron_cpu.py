@@ -8,11 +8,14 @@ schedule, the log-probs, the loss and the optimizer are Megatron's and verl's.
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+THREAD = threading.local()
 
 
 class CudaIsCpu(TorchFunctionMode):
@@ -43,7 +46,13 @@ def stand_in_for_cuda() -> None:
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    CudaIsCpu().__enter__()
+
+
+def cuda_is_cpu_in_this_thread() -> None:
+    """Turn `CudaIsCpu` on, which torch does for one thread, and leave it on."""
+    if not hasattr(THREAD, "mode"):
+        THREAD.mode = CudaIsCpu()
+        THREAD.mode.__enter__()
 
 
 def stand_in_for_transformer_engine() -> None:
@@ -108,6 +117,9 @@ def recipe_on_cpu(spec: dict, *more: str) -> Any:
     from rapo_verl.compose import compose_config
 
     engine = "actor_rollout_ref.actor.megatron"
+    transformer = f"{engine}.override_transformer_config"
+    fused = ("masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion", "gradient_accumulation_fusion",
+        "persist_layer_norm", "apply_rope_fusion")  # fmt: skip
     config = compose_config(
         [
             "experiment=qwen2.5_7b_rapo",
@@ -117,20 +129,14 @@ def recipe_on_cpu(spec: dict, *more: str) -> Any:
             f"{engine}.pipeline_model_parallel_size={spec['pipeline']}",
             f"{engine}.vanilla_mbridge=true",  # Megatron-Bridge imports Transformer Engine
             f"{engine}.sequence_parallel=false",  # Transformer Engine's norms alone support it
-            f"+{engine}.override_transformer_config.sequence_parallel=false",
-            f"{engine}.override_transformer_config.attention_backend=unfused",
-            f"+{engine}.override_transformer_config.use_cpu_initialization=true",
-            *(
-                f"+{engine}.override_transformer_config.{fused}=false"
-                for fused in (
-                    "masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion",
-                    "gradient_accumulation_fusion", "persist_layer_norm", "apply_rope_fusion",
-                )
-            ),
+            f"+{transformer}.sequence_parallel=false",
+            f"{transformer}.attention_backend=unfused",
+            f"+{transformer}.use_cpu_initialization=true",
+            *(f"+{transformer}.{name}=false" for name in fused),
             *spec["overrides"],
             *more,
         ]
-    )  # fmt: skip
+    )
     return config.actor_rollout_ref
 
 
@@ -259,6 +265,7 @@ def main(spec_path: Path) -> None:
     """Do this rank's part of what the spec says and write what came of it."""
     spec = json.loads(spec_path.read_text())
     stand_in_for_cuda()
+    cuda_is_cpu_in_this_thread()
     import verl  # noqa: F401
 
     stand_in_for_transformer_engine()

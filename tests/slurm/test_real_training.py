@@ -55,7 +55,6 @@ def need_memory(gib):
         pytest.skip(f"{available:.0f} GiB of memory are available, {gib} are wanted")
 
 
-@pytest.mark.slow
 def test_toy_on_two_nodes_saves_on_a_signal_and_goes_on(cluster, toy_dir, env):
     need_memory(12)
     script = cluster.work / "toy.sh"

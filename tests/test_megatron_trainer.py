@@ -1,0 +1,69 @@
+"""The whole trainer with verl's Megatron engine for actor and reference, on the processor, against the FSDP one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from megatron_cpu import recipe_on_cpu
+from omegaconf import DictConfig, OmegaConf, open_dict
+from test_runs import SMALL
+
+from rapo_verl.compose import compose_config
+from rapo_verl.launch import read_metrics
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+pytest.importorskip("mbridge", reason="mbridge is not installed")
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+STEPS = 2
+START = (
+    "import sys; from omegaconf import OmegaConf; from rapo_verl.launch import run; "
+    "sys.exit(run(OmegaConf.load(sys.argv[1])))"
+)
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE))),
+    "VERL_ENGINE_DEVICE": "cuda",  # what verl registers its Megatron engine for
+    "VERL_ENGINE_VENDOR": "nvidia",  # and we ours
+    "TORCHDYNAMO_DISABLE": "1",  # the entropy would take longer to compile than to run
+}
+
+
+def on_megatron(toy: DictConfig) -> DictConfig:
+    """Return a toy run's config with the actor and reference of the 7B recipe."""
+    recipe = recipe_on_cpu({"model": toy.actor_rollout_ref.model.path, "tensor": 1, "pipeline": 1, "overrides": []})
+    actor, theirs = recipe.actor, toy.actor_rollout_ref.actor
+    for key in ("ppo_mini_batch_size", "data_loader_seed", "entropy_coeff"):
+        actor[key] = theirs[key]
+    actor.optim.lr, actor.optim.lr_warmup_steps, actor.optim.weight_decay = theirs.optim.lr, 0, 0.0
+    # What a mini-batch is of, and how long: the model's and the rollout's of the toy.
+    with open_dict(toy):
+        toy.actor_rollout_ref.actor, toy.actor_rollout_ref.ref = actor, recipe.ref
+        toy.actor_rollout_ref.model.external_lib = "megatron_external"
+        toy.run_dir += "_megatron"
+    return toy
+
+
+def train(config: DictConfig, tmp_path: Path) -> list[dict]:
+    path = tmp_path / f"{Path(config.run_dir).name}.yaml"
+    path.write_text(OmegaConf.to_yaml(config))
+    on_stand_ins = ENVIRONMENT if config.actor_rollout_ref.actor.strategy == "megatron" else {}
+    done = subprocess.run([sys.executable, "-c", START, path], capture_output=True, text=True, timeout=900,
+                          env={**os.environ, **on_stand_ins})  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+    return read_metrics(Path(config.run_dir))
+
+
+def test_the_trainer_on_megatron_does_what_it_does_on_fsdp(toy_dir, tmp_path):
+    overrides = ["experiment=toy_rapo_cpu", f"toy_dir={toy_dir}", f"run_dir={tmp_path / 'run'}", *SMALL,
+        f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={STEPS}",
+        "rapo.reference.phi_min=0.9"]  # fmt: skip
+    fsdp = train(compose_config(overrides), tmp_path)
+    megatron = train(on_megatron(compose_config(overrides)), tmp_path)
+    assert [step["step"] for step in megatron] == [1, 2]
+    for name in ("critic/score/mean", "rapo/phi_mean", "rapo/forward_kl", "actor/entropy", "actor/grad_norm"):
+        assert megatron[0][name] == pytest.approx(fsdp[0][name], rel=1e-3), name
+    assert megatron[1]["critic/score/mean"] == pytest.approx(fsdp[1]["critic/score/mean"], abs=0.2)
+    assert (tmp_path / "run_megatron" / "checkpoints" / f"global_step_{STEPS}" / "manifest.json").exists()
