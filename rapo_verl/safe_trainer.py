@@ -90,6 +90,11 @@ class SafeTrainerMixin(PPOTrainer):
             logger.warning("saved step %d and stopping: %s", self.global_steps, reason)
         super().on_step_end()
 
+    def _compute_ref_log_prob(self, batch: Any, metrics: dict) -> Any:
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1695: the first to read a reward, of which RAPO makes phi.
+        self._refuse_non_finite(batch)
+        return super()._compute_ref_log_prob(batch, metrics)
+
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1827: the last moment before the optimizer steps.
         self._refuse_non_finite(batch)

@@ -285,6 +285,7 @@ WORKER_TQ = AgentLoopWorkerTQ.__ray_actor_class__
             FSDPEngineWithLMHead.prepare_model_outputs,
             ["self", "output", "output_args", "micro_batch", "logits_processor_func"],
         ),
+        (FSDPEngineWithLMHead.prepare_model_inputs, ["self", "micro_batch"]),
         (FSDPEngine._gather_and_unpad_packed, ["self", "tensor", "pad_size"]),
         (response_from_nested, ["tensor", "response_mask"]),
     ],
@@ -301,7 +302,14 @@ def test_methods_we_override_are_defined_where_we_think():
         (
             SafeTrainerMixin,
             PPOTrainer,
-            ["_load_checkpoint", "_save_checkpoint", "_update_actor", "on_step_begin", "on_step_end"],
+            [
+                "_load_checkpoint",
+                "_save_checkpoint",
+                "_compute_ref_log_prob",
+                "_update_actor",
+                "on_step_begin",
+                "on_step_end",
+            ],
         ),
         (SeededAgentLoopWorker, WORKER_TQ, ["_run_agent_loop", "_compute_score"]),
         (StrictReplayBuffer, ReplayBuffer, ["_sync_metadata_from_transfer_queue", "sample"]),
