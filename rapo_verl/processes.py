@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,7 +77,9 @@ def _send(process: psutil.Process, *, kill: bool) -> None:
 def dump_stacks(folder: Path, processes: list[psutil.Process]) -> None:
     """Write the Python stacks of these processes into ``folder``, by py-spy, or what the kernel tells without it."""
     folder.mkdir(parents=True, exist_ok=True)
-    py_spy = shutil.which("py-spy")
+    # Beside this Python first: a virtual environment need not have been activated.
+    folders = (str(Path(sys.executable).parent), os.environ.get("PATH", ""))
+    py_spy = shutil.which("py-spy", path=os.pathsep.join(folders))
     for process in processes:
         try:
             name = f"{process.pid}.{process.name().replace('/', '_')}.txt"

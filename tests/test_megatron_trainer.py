@@ -10,6 +10,7 @@ from megatron_cpu import recipe_on_cpu
 from omegaconf import DictConfig, OmegaConf, open_dict
 from test_runs import SMALL
 
+from rapo_verl.checkpoints import read_checkpoints
 from rapo_verl.compose import compose_config
 from rapo_verl.launch import read_metrics
 
@@ -42,7 +43,6 @@ def on_megatron(toy: DictConfig) -> DictConfig:
     with open_dict(toy):
         toy.actor_rollout_ref.actor, toy.actor_rollout_ref.ref = actor, recipe.ref
         toy.actor_rollout_ref.model.external_lib = "megatron_external"
-        toy.run_dir += "_megatron"
     return toy
 
 
@@ -57,13 +57,14 @@ def train(config: DictConfig, tmp_path: Path) -> list[dict]:
 
 
 def test_the_trainer_on_megatron_does_what_it_does_on_fsdp(toy_dir, tmp_path):
-    overrides = ["experiment=toy_rapo_cpu", f"toy_dir={toy_dir}", f"run_dir={tmp_path / 'run'}", *SMALL,
+    overrides = ["experiment=toy_rapo_cpu", f"toy_dir={toy_dir}", *SMALL,
         f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={STEPS}",
         "rapo.reference.phi_min=0.9"]  # fmt: skip
-    fsdp = train(compose_config(overrides), tmp_path)
-    megatron = train(on_megatron(compose_config(overrides)), tmp_path)
+    folders = [tmp_path / name for name in ("fsdp", "megatron")]
+    configs = [compose_config([*overrides, f"run_dir={folder}"]) for folder in folders]
+    fsdp, megatron = train(configs[0], tmp_path), train(on_megatron(configs[1]), tmp_path)
     assert [step["step"] for step in megatron] == [1, 2]
     for name in ("critic/score/mean", "rapo/phi_mean", "rapo/forward_kl", "actor/entropy", "actor/grad_norm"):
         assert megatron[0][name] == pytest.approx(fsdp[0][name], rel=1e-3), name
     assert megatron[1]["critic/score/mean"] == pytest.approx(fsdp[1]["critic/score/mean"], abs=0.2)
-    assert (tmp_path / "run_megatron" / "checkpoints" / f"global_step_{STEPS}" / "manifest.json").exists()
+    assert [checkpoint.complete for checkpoint in read_checkpoints(folders[1] / "checkpoints")] == [True]

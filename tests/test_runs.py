@@ -231,11 +231,11 @@ def test_checkpoints_of_a_run_are_complete_listed_verified_and_exported(rapo_run
 def test_stop_file_saves_and_ends_with_75_and_the_run_goes_on(toy_dir, tmp_path):
     run_dir = tmp_path / "run"
     args = (toy_dir, run_dir, "toy_rapo_cpu", 400, "trainer.save_freq=-1")
-    process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     wait_for(lambda: read_metrics(run_dir), process)
     (run_dir / "stop").touch()
     assert process.wait(120) == 75
-    assert "The same command goes on from there" in process.stderr.read()
+    assert "The same command goes on from there" in process.stdout.read()
     (saved,) = read_checkpoints(run_dir / "checkpoints")
     assert saved.complete and saved.step == len(read_metrics(run_dir)) < 400
     code, output = train(toy_dir, run_dir, "toy_rapo_cpu", saved.step + 1, "trainer.save_freq=-1")

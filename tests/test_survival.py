@@ -15,6 +15,7 @@ from rapo_verl.compose import compose_config, experiments
 from rapo_verl.guards import describe, dump_batch, non_finite_metrics, non_finite_rows
 from rapo_verl.launch import _child_environment
 from rapo_verl.preflight import problems_of
+from rapo_verl.processes import dump_stacks
 from rapo_verl.stopping import Stopping
 
 # --- stopping ---
@@ -43,6 +44,18 @@ def test_wandb_run_goes_on_under_its_id(toy_dir, tmp_path):
     first, second = (_child_environment(config, tmp_path, 0) for _ in range(2))
     assert first["WANDB_RUN_ID"] == second["WANDB_RUN_ID"] != "" and first["WANDB_RESUME"] == "allow"
     assert first["RAPO_STOP_FILE"] == str(tmp_path / "stop")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: the kernel may not let one process read another")
+def test_stacks_are_python_s_where_the_environment_was_not_activated(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    code = "import time\ndef hangs_here():\n    print(flush=True)\n    time.sleep(60)\nhangs_here()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        dump_stacks(tmp_path / "stacks", [psutil.Process(child.pid)])
+        child.kill()
+    (path,) = (tmp_path / "stacks").iterdir()
+    assert path.name.startswith(f"{child.pid}.") and "hangs_here" in path.read_text().split("state: ")[1]
 
 
 # --- numbers that are none ---
