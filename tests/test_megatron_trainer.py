@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 STEPS = 2
+COMPARED = ("critic/score/mean", "actor/entropy", "actor/pg_loss", "actor/loss", "actor/grad_norm", "rapo/forward_kl",
+    "rapo/log_rho_mean", "rapo/phi_mean")  # fmt: skip
 START = (
     "import sys; from omegaconf import OmegaConf; from rapo_verl.launch import run; "
     "sys.exit(run(OmegaConf.load(sys.argv[1])))"
@@ -56,15 +58,18 @@ def train(config: DictConfig, tmp_path: Path) -> list[dict]:
     return read_metrics(Path(config.run_dir))
 
 
-def test_the_trainer_on_megatron_does_what_it_does_on_fsdp(toy_dir, tmp_path):
-    overrides = ["experiment=toy_rapo_cpu", f"toy_dir={toy_dir}", *SMALL,
-        f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={STEPS}",
-        "rapo.reference.phi_min=0.9"]  # fmt: skip
+@pytest.mark.parametrize("estimator", ["bounded", "topk"])
+def test_the_trainer_on_megatron_does_what_it_does_on_fsdp(toy_dir, tmp_path, estimator):
+    overrides = ["experiment=toy_rapo_cpu", f"toy_dir={toy_dir}", *SMALL, "rapo.reference.phi_min=0.9",
+        f"rapo.forward_kl.estimator={estimator}", f"trainer.total_training_steps={STEPS}",
+        f"trainer.save_freq={STEPS}"]  # fmt: skip
     folders = [tmp_path / name for name in ("fsdp", "megatron")]
     configs = [compose_config([*overrides, f"run_dir={folder}"]) for folder in folders]
     fsdp, megatron = train(configs[0], tmp_path), train(on_megatron(configs[1]), tmp_path)
     assert [step["step"] for step in megatron] == [1, 2]
-    for name in ("critic/score/mean", "rapo/phi_mean", "rapo/forward_kl", "actor/entropy", "actor/grad_norm"):
-        assert megatron[0][name] == pytest.approx(fsdp[0][name], rel=1e-3), name
-    assert megatron[1]["critic/score/mean"] == pytest.approx(fsdp[1]["critic/score/mean"], abs=0.2)
+    # The second step samples with the weights of the first update, sent to vLLM: one digit off there, and it differs.
+    for ours, theirs in zip(megatron, fsdp):
+        assert ours["rapo/forward_kl"] > 0 and 0 < ours["critic/score/mean"] < 1
+        for name in COMPARED:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
     assert [checkpoint.complete for checkpoint in read_checkpoints(folders[1] / "checkpoints")] == [True]
