@@ -1,5 +1,6 @@
 """End to end: real veRL, Ray, FSDP2 on gloo, vLLM, TransferQueue and weight sync, on the processor."""
 
+import functools
 import json
 import os
 import shutil
@@ -297,14 +298,22 @@ def test_raising_reward_stops_the_run_with_its_sample(toy_dir, tmp_path):
 )
 def test_interrupted_run_leaves_no_process_and_a_second_start_works(toy_dir, tmp_path, how):
     args = (toy_dir, tmp_path / "run", "toy_rapo_cpu", 400, "trainer.save_freq=1")
-    process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # A shell's background job, as these tests may be, ignores SIGINT, and so would its children.
+    heeds_interrupt = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heeds_interrupt
+    )
     wait_for(lambda: read_metrics(tmp_path / "run"), process)
     children = psutil.Process(process.pid).children(recursive=True)
     if how == "interrupt":
         process.send_signal(signal.SIGINT)
     else:
         next(child for child in children if how in " ".join(child.cmdline())).kill()
-    assert process.wait(120) != 0
+    try:
+        assert process.wait(120) != 0
+    except subprocess.TimeoutExpired:
+        kill_tree(process)
+        raise
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and any(running(child) for child in children):
         time.sleep(0.2)
