@@ -10,8 +10,6 @@ PER_TOKEN_ESTIMATORS = ("topk", "full")
 ESTIMATORS = (*SAMPLE_ESTIMATORS, *PER_TOKEN_ESTIMATORS)
 # Largest vocabulary of `full`: each response token ships 8 bytes for each of its tokens.
 FULL_VOCABULARY = 4096
-# What Hugging Face's configs call a change of the logits after the head's product: Gemma 2's, Cohere's, Granite's.
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 READINGS = ("token", "nucleus", "unnormalized")
 PHI_SHAPES = ("linear", "step", "power")
 

@@ -1,11 +1,14 @@
 """What a config may not ask of the head: of veRL's fused kernels, and of ours in their place."""
 
-import json
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 from omegaconf import DictConfig
 
-from rapo_verl.config import FULL_VOCABULARY, LOGIT_CHANGES, RapoConfig
+from rapo_verl.config import FULL_VOCABULARY, RapoConfig
+
+# What Hugging Face's configs call a change of the logits after the head's product (Gemma 2's, Cohere's, Granite's).
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def uses_lora(model: DictConfig) -> bool:
@@ -13,10 +16,19 @@ def uses_lora(model: DictConfig) -> bool:
     return bool(model.lora_rank > 0 or model.lora_adapter_path or model.lora.rank > 0)
 
 
+def logit_changes(model: Mapping[str, Any]) -> list[str]:
+    """Return the names of what changes a model's logits after its head's product; a factor of 1 is no change."""
+    return [name for name in LOGIT_CHANGES if model.get(name) not in (None, 0, 1)]
+
+
 def problems_of_head(config: DictConfig, rapo: RapoConfig) -> list[str]:
     """Return what the engines' heads cannot do of a resolved run config, one message each."""
-    file = Path(config.actor_rollout_ref.model.path) / "config.json"
-    shape = json.loads(file.read_text()) if file.is_file() else {}
+    from rapo_verl.plan.model import config_of
+
+    try:
+        shape = config_of(config.actor_rollout_ref.model.path).to_dict()
+    except ValueError:
+        shape = {}  # no model: `rapo_verl.preflight` says so
     found = _check_fused(config, shape)
     if rapo.exports_tokens:
         found += _check_tokens(config, rapo, shape)
@@ -26,10 +38,9 @@ def problems_of_head(config: DictConfig, rapo: RapoConfig) -> list[str]:
 
 
 def _check_fused(config: DictConfig, shape: dict) -> list[str]:
-    model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
-    if not model.get("use_fused_kernels") or actor.strategy != "fsdp2" or not shape:
-        return []
-    if shape.get("tie_word_embeddings"):
+    nodes = config.actor_rollout_ref
+    on_fsdp2 = "fsdp2" in (nodes.actor.strategy, nodes.ref.strategy)
+    if not nodes.model.get("use_fused_kernels") or not on_fsdp2 or shape.get("tie_word_embeddings", True):
         return []
     # verl 0.9.1 models/transformers/dense_common.py:123 reads lm_head.weight, which utils/fsdp_utils.py:549 shards by
     # itself unless it is tied: outside its own forward it is a DTensor (verl pull request 7427).
@@ -50,7 +61,7 @@ def _check_linear(config: DictConfig, shape: dict) -> list[str]:
         found.append(f"{why}and ours only in a reference of its own, which LoRA does not make{mend}")
     if strategy not in ("fsdp", "fsdp2", "megatron"):
         found.append(f"{why}and ours not on actor_rollout_ref.ref.strategy={strategy}{mend}")
-    if names := [name for name in LOGIT_CHANGES if shape.get(name)]:
+    if names := logit_changes(shape):
         found.append(f"{why}and ours not with the model's {', '.join(names)}{mend}")
     return found
 

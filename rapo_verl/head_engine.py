@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.ulysses import slice_input_tensor
 
-from rapo_verl.config import FULL_VOCABULARY, LOGIT_CHANGES
+from rapo_verl.config import FULL_VOCABULARY
 from rapo_verl.head import Target, head
+from rapo_verl.head_config import logit_changes
 from rapo_verl.linear_head import linear_head
 from rapo_verl.reference_tokens import phi_nodes, reference_tokens
 
@@ -127,9 +128,9 @@ def check_linear(config: Any, bias: Any) -> None:
         config: Hugging Face config of the model.
         bias: of its head, or None.
     """
-    changes = [name for name in LOGIT_CHANGES if getattr(config, name, None)]
-    if bias is not None or changes:
-        what = " and ".join((["a bias"] if bias is not None else []) + changes)
+    changes = ["a bias"] * (bias is not None) + logit_changes(config.to_dict())
+    if changes:
+        what = " and ".join(changes)
         raise ValueError(
             f"the model's head has {what}, which a fused linear head would leave out; set "
             "actor_rollout_ref.model.use_fused_kernels=false"

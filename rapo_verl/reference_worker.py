@@ -42,15 +42,16 @@ class RapoWorker(DetachActorWorker):
     def init_model(self) -> None:
         """Build veRL's models, then put RAPO's loss in place of veRL's."""
         super().init_model()
-        if self.rapo.exports_tokens:
+        fused = self.config.model.get("use_fused_kernels") and self.rapo.per_sample_temperature
+        if self.rapo.exports_tokens or fused:
             for worker in filter(None, (self.actor, self.ref)):
                 if not isinstance(worker.engine, FSDPHead | MegatronHead):
                     raise TypeError(
                         f"veRL's engine here is {type(worker.engine).__name__}, which has not RAPO's head; rapo."
-                        "forward_kl.estimator=topk, full and rapo.reference.reading=nucleus run on fsdp, fsdp2 and "
-                        "megatron of NVIDIA devices, and on the CPU"
+                        "forward_kl.estimator=topk, full, rapo.reference.reading=nucleus and fused kernels beside "
+                        "reading=token run on fsdp, fsdp2 and megatron of NVIDIA devices, and on the CPU"
                     )
-        if self.config.model.get("use_fused_kernels") and self.rapo.per_sample_temperature and self.ref is not None:
+        if fused and self.ref is not None:
             self.ref.engine.use_linear_head()
         if self.rapo.enabled and self._is_actor:
             # use_kl_loss made veRL build the reference; its reverse-KL term is left out of the loss.

@@ -92,12 +92,12 @@ class SafeTrainerMixin(PPOTrainer):
 
     def _compute_ref_log_prob(self, batch: Any, metrics: dict) -> Any:
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1695: the first to read a reward, of which RAPO makes phi.
-        self._refuse_non_finite(batch)
+        self._refuse_non_finite(batch, ("rm_scores",))
         return super()._compute_ref_log_prob(batch, metrics)
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1827: the last moment before the optimizer steps.
-        self._refuse_non_finite(batch)
+        self._refuse_non_finite(batch, guards.FIELDS)
         batch = super()._update_actor(batch, metrics)
         # FSDP leaves out a step on a non-finite norm and goes on (workers/engine/fsdp/transformer_impl.py:823); our
         # Megatron engine raises before it (rapo_verl/megatron.py). Nothing of such a step is saved.
@@ -106,8 +106,8 @@ class SafeTrainerMixin(PPOTrainer):
             self._stop_on(batch, f"after the update, {', '.join(bad)}")
         return batch
 
-    def _refuse_non_finite(self, batch: Any) -> None:
-        data = self._fetch(batch, (*guards.FIELDS, "response_mask"))
+    def _refuse_non_finite(self, batch: Any, fields: tuple[str, ...]) -> None:
+        data = self._fetch(batch, (*fields, "response_mask"))
         mask = data.pop("response_mask")
         bad = guards.non_finite_rows(data, mask)
         if bad:

@@ -383,7 +383,7 @@ def test_what_the_head_cannot_do_is_refused_before_the_run(toy_dir, override, sa
 
 
 def test_full_is_refused_for_the_vocabulary_of_a_language_model(tmp_path):
-    (tmp_path / "config.json").write_text('{"vocab_size": 151936}')
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 151936}')
     overrides = [f"actor_rollout_ref.model.path={tmp_path}", "rapo.forward_kl.estimator=full"]
     assert any("vocabulary of 151936; allowed: up to 4096" in problem for problem in refusals(tmp_path, *overrides))
 

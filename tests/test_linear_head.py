@@ -2,8 +2,8 @@
 
 import json
 import os
-import types
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +14,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from verl.utils import tensordict_utils as tu
 
 from rapo_verl.compose import compose_config
+from rapo_verl.config import RapoConfig
 from rapo_verl.head import head
+from rapo_verl.head_config import problems_of_head
 from rapo_verl.head_engine import check_linear
 from rapo_verl.linear_head import linear_head
 from rapo_verl.preflight import problems_of
 from rapo_verl.reweighting import reference_temperature
 
+QWEN2 = {"model_type": "qwen2", "vocab_size": 264}
 ROWS, WIDTH, COLUMNS = 11, 6, 38
 # fp64 sums of 38 terms of size up to 1e2; in fp32 1.2e-7 a step.
 EXACT, SINGLE = {"rtol": 1e-11, "atol": 1e-12}, {"rtol": 1e-5, "atol": 1e-5}
@@ -177,8 +180,8 @@ def test_verls_fused_kernels_refuse_what_this_is_for(remove_padding):
 )
 def test_a_head_that_is_more_than_a_product_is_refused(config, bias, said):
     with pytest.raises(ValueError, match=said):
-        check_linear(types.SimpleNamespace(**config), bias)
-    check_linear(types.SimpleNamespace(final_logit_softcapping=None), None)
+        check_linear(Qwen2Config(**config), bias)
+    check_linear(Qwen2Config(final_logit_softcapping=None, logit_scale=1.0), None)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +195,7 @@ def test_a_head_that_is_more_than_a_product_is_refused(config, bias, said):
     ],
 )
 def test_fused_kernels_are_refused_only_where_there_is_no_such_head(tmp_path, tied, override, said):
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 264, "tie_word_embeddings": tied}))
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2 | {"tie_word_embeddings": tied}))
     model, more = "actor_rollout_ref.model", [override] if override else []
     config = compose_config(
         ["experiment=toy_rapo_cpu", f"{model}.path={tmp_path}", f"{model}.use_fused_kernels=true", *more]
@@ -201,9 +204,20 @@ def test_fused_kernels_are_refused_only_where_there_is_no_such_head(tmp_path, ti
     assert [said in problem for problem in found] == ([True] if said else []), found
 
 
-@pytest.mark.parametrize(("name", "value"), [("final_logit_softcapping", 30.0), ("logit_scale", 0.06)])
-def test_a_model_that_changes_its_logits_is_refused_before_the_run(tmp_path, name, value):
-    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True, name: value}))
+def test_a_hub_s_model_is_looked_up_as_a_folder_is():
+    # Untied, and known without a network; its config is no file on this machine.
+    arguments = ["experiment=qwen2.5_7b_rapo_fsdp2", "actor_rollout_ref.model.use_fused_kernels=true"]
+    config = compose_config(arguments)
+    assert not Path(config.actor_rollout_ref.model.path).exists()
+    assert any("fails in veRL 0.9.1 on fsdp2" in problem for problem in problems_of_head(config, RapoConfig()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [("final_logit_softcapping", 30.0, True), ("logit_scale", 0.06, True), ("logit_scale", 1.0, False)],
+)
+def test_a_model_that_changes_its_logits_is_refused_before_the_run(tmp_path, name, value, refused):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2 | {"tie_word_embeddings": True, name: value}))
     model = "actor_rollout_ref.model"
     config = compose_config(["experiment=toy_rapo_cpu", f"{model}.path={tmp_path}", f"{model}.use_fused_kernels=true"])
-    assert any(f"not with the model's {name}" in problem for problem in problems_of(config))
+    assert any(f"not with the model's {name}" in problem for problem in problems_of(config)) == refused
