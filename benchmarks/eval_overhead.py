@@ -21,8 +21,8 @@ import psutil
 
 from rapo_verl.evaluation.engines import CPU_ENVIRONMENT, EngineSpec, VllmEngine, has_gpu
 from rapo_verl.evaluation.generate import Request, generate
-from rapo_verl.evaluation.plan import Sampling
 from rapo_verl.evaluation.session import read_subject
+from rapo_verl.evaluation.spec import Sampling
 
 
 class Clock:

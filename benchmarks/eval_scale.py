@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rapo_verl.evaluation.plan import Plan, Problem, Sampling
+from rapo_verl.evaluation.spec import Plan, Problem, Sampling
 from rapo_verl.evaluation.store import Samples, Store
 
 # Fifty made-up words, drawn evenly.

@@ -10,7 +10,7 @@ seconds of this process (with one thread: what an idle machine's clock would sho
 the time is also set against copying: one read of the logits and one write of as much at the measured bandwidth.
 (Forward and backward together read twice and write once, so that 1.5 is what bandwidth alone would allow.)
 
-* ours: `rapo_verl.head`, on a GPU with its Triton kernels. The KL has a tail bucket.
+* ours: `rapo_verl.method.head`, on a GPU with its Triton kernels. The KL has a tail bucket.
 * ours, in place: the same with the gradient written over the logits. ours, torch: without Triton.
 * veRL Megatron: `_lm_head_logits_processor` of its engine at TP = 1, with entropy and its top-k KL (no tail).
 * veRL FSDP: entropy (chunked), `compute_forward_kl_topk` (chunked) and log-prob, as its engine calls them (no tail).
@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
-from rapo_verl.head import KERNEL_VARIABLE, Target, head
+from rapo_verl.method.head import KERNEL_VARIABLE, Target, head
 
 
 class Memory(TorchDispatchMode):

@@ -5,9 +5,9 @@
 One after the other, in rounds, without gradient. Memory is the peak of the tensors made, in units of one fp32
 [rows, columns] tensor. Seconds as in benchmarks/head.py.
 
-* ours: `rapo_verl.linear_head`, a temperature for each token.
+* ours: `rapo_verl.method.linear_head`, a temperature for each token.
 * veRL fused: `FusedLinearForPPO`, its torch backend, one temperature for all.
-* logits: the product in one tensor, then `rapo_verl.head`.
+* logits: the product in one tensor, then `rapo_verl.method.head`.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import torch
 from head import Memory
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
-from rapo_verl.head import head
-from rapo_verl.linear_head import linear_head
+from rapo_verl.method.head import head
+from rapo_verl.method.linear_head import linear_head
 
 
 def main() -> None:

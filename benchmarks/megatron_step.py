@@ -25,8 +25,8 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
-from rapo_verl.compose import compose_config
-from rapo_verl.config import rapo_config_from
+from rapo_verl.method.config import rapo_config_from
+from rapo_verl.run.compose import compose_config
 
 OFF = {"forward_kl": {"coef": 0.0}, "reference": {"phi_min": 1.0}}
 
@@ -132,7 +132,7 @@ def measure(config: Any, batch: TensorDict, rounds: int) -> None:
     from verl.utils.device import get_torch_device
     from verl.workers.utils.losses import ppo_loss
 
-    from rapo_verl.reference_worker import RapoWorker
+    from rapo_verl.training.worker import RapoWorker
 
     group = config.actor_rollout_ref
     reference, actor = RapoWorker(group, "ref"), RapoWorker(group, "actor")

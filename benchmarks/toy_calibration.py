@@ -22,16 +22,16 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 from verl.trainer.ppo.core_algos import kl_penalty
 
-from rapo_verl.config import ESTIMATORS, PER_TOKEN_ESTIMATORS, ReferenceConfig
-from rapo_verl.forward_kl import forward_kl_estimate
-from rapo_verl.head import Target, head
-from rapo_verl.passk import exact_pass_at_k
-from rapo_verl.reference_tokens import phi_nodes, reference_tokens
-from rapo_verl.reweighting import reward_to_phi, reweight_tokens
+from rapo_verl.method.config import ESTIMATORS, PER_TOKEN_ESTIMATORS, ReferenceConfig
+from rapo_verl.method.forward_kl import forward_kl_estimate
+from rapo_verl.method.head import Target, head
+from rapo_verl.method.passk import exact_pass_at_k
+from rapo_verl.method.reference_tokens import phi_nodes, reference_tokens
+from rapo_verl.method.reweighting import reward_to_phi, reweight_tokens
+from rapo_verl.reward import verify_integer
 from rapo_verl.toy.base_model import encode_prompts
 from rapo_verl.toy.exact import success_probabilities
 from rapo_verl.toy.make import load_problems
-from rapo_verl.verifier import verify_integer
 
 # As in recipe/experiment/toy_cpu.yaml.
 STEPS, PROMPTS, GROUP, MINI_BATCHES, LR, WARM_UP, CLIP, MAX_TOKENS = 40, 32, 8, 2, 5e-4, 5, 0.2, 24

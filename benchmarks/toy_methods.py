@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rapo_verl.files import write_atomic
-from rapo_verl.launch import read_metrics
+from rapo_verl.run.files import write_atomic
+from rapo_verl.run.launch import read_metrics
 
 PAIRS = ((0, 1), (1, 1), (0, 2))
 KL = "actor_rollout_ref.actor.kl_loss_coef={} actor_rollout_ref.actor.kl_loss_type={}"
@@ -76,7 +76,7 @@ def enumerate_one(model: Path, toy_dir: Path, out: Path) -> None:
     if out.exists():
         return
     code = (
-        "import sys, json, torch; from pathlib import Path; from rapo_verl.files import write_atomic; "
+        "import sys, json, torch; from pathlib import Path; from rapo_verl.run.files import write_atomic; "
         "from rapo_verl.toy.exact import success_probabilities as f; from rapo_verl.toy.make import load_problems; "
         "torch.set_num_threads(1); w, p = load_problems(Path(sys.argv[2])); "
         "write_atomic(Path(sys.argv[3]), json.dumps(f(sys.argv[1], w, p, batch_size=16).tolist()))"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from rapo_verl.verifier import Verifier, VerifierSettings
+from rapo_verl.reward import Verifier, VerifierSettings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from golden_answers import PAIRS, RESPONSES
 
-from rapo_verl.verifier import Verifier, VerifierSettings
+from rapo_verl.reward import Verifier, VerifierSettings
 
 
 def math_verify_default(response: str, gold: str) -> bool:

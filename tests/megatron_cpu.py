@@ -114,7 +114,7 @@ def stand_in_for_fused_adam(engine: Any) -> None:
 
 def recipe_on_cpu(spec: dict, *more: str) -> Any:
     """Return the 7B recipe's actor_rollout_ref with what only a GPU has left out."""
-    from rapo_verl.compose import compose_config
+    from rapo_verl.run.compose import compose_config
 
     engine = "actor_rollout_ref.actor.megatron"
     transformer = f"{engine}.override_transformer_config"
@@ -142,7 +142,7 @@ def recipe_on_cpu(spec: dict, *more: str) -> Any:
 
 def worker_of(config: Any, role: str) -> Any:
     """Return RAPO's worker with its model built."""
-    from rapo_verl.reference_worker import RapoWorker
+    from rapo_verl.training.worker import RapoWorker
 
     worker = RapoWorker(config, role)
     worker.init_model()
@@ -217,7 +217,7 @@ class Rank:
 
     def estimator(self, *overrides: str) -> dict:
         """Return reference pass and update of an estimator that needs RAPO's head."""
-        from rapo_verl.head_engine import FIELDS
+        from rapo_verl.training.engine import FIELDS
 
         config = recipe_on_cpu(self.spec, *overrides)
         output = self.infer(worker_of(config, "ref").compute_ref_log_prob, entropy=False)

@@ -11,7 +11,7 @@ from typing import Any
 import megatron_cpu
 from verl.workers.engine import MegatronEngine, MegatronEngineWithLMHead
 
-from rapo_verl.plugin import register_engines
+from rapo_verl.training.plugin import register_engines
 
 
 @functools.cache

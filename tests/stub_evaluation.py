@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from rapo_verl.evaluation.generate import Draw, EngineLostError, generate
-from rapo_verl.evaluation.plan import Plan, Problem, Sampling
+from rapo_verl.evaluation.spec import Plan, Problem, Sampling
 from rapo_verl.evaluation.store import Samples, Store
 
 PROBLEMS, N, SHARD = 12, 117, 6  # the last shard of a problem is smaller

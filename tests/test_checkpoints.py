@@ -8,8 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rapo_verl import checkpoints
-from rapo_verl.checkpoints import (
+from rapo_verl.run import checkpoints
+from rapo_verl.run.checkpoints import (
     CheckpointError,
     choose,
     damage,
@@ -18,8 +18,8 @@ from rapo_verl.checkpoints import (
     read_checkpoints,
     retain,
 )
-from rapo_verl.compose import compose_config
-from rapo_verl.evaluation.model import exported
+from rapo_verl.run.compose import compose_config
+from rapo_verl.run.export import exported
 
 WANTED = {"model": "m", "data": "d", "world": "2 ranks, fsdp2"}
 

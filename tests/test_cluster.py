@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rapo_verl.cluster import board as codes
+from rapo_verl.cluster import board
 from rapo_verl.cluster.board import Board
 from rapo_verl.cluster.checks import check_node, disagreements
 from rapo_verl.cluster.ray_node import BLOCK, FIRST_PORT, SLOTS, RayNodeError, claim_ports, node_ip, ray_folder
+from rapo_verl.run import names as codes
 
 
 def boards(folder, count=2):
@@ -28,7 +29,7 @@ def test_first_verdict_stands(tmp_path):
 
 
 def test_silent_node_is_noticed_by_its_unchanged_beat(tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(board, "BEAT_SECONDS", 0.1)
     first, second = boards(tmp_path)
     second.beat()
     assert first.silent(0.2) == []

@@ -8,9 +8,9 @@ import pytest
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 
-from rapo_verl.compose import compose_config, experiments, recipe_dir
-from rapo_verl.config import ESTIMATORS, PHI_SHAPES, READINGS, RapoConfig, rapo_config_from
-from rapo_verl.modes import problems_of_mode
+from rapo_verl.method.config import ESTIMATORS, PHI_SHAPES, READINGS, RapoConfig, rapo_config_from
+from rapo_verl.run.compose import compose_config, experiments, recipe_dir
+from rapo_verl.run.modes import problems_of_mode
 
 
 def node(**changes) -> dict:

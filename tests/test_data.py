@@ -13,7 +13,7 @@ from rapo_verl.cli import app
 from rapo_verl.data.layouts import HUB, LAYOUTS, DataError, layout_of, read_records, to_problems
 from rapo_verl.data.prepare import INSTRUCTION, SCHEMA, messages, prepare, questions_of, render, show
 from rapo_verl.data.validate import normalized
-from rapo_verl.verifier import Verifier, VerifierSettings
+from rapo_verl.reward import Verifier, VerifierSettings
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the published files are not at {REAL}")

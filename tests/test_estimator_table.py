@@ -6,7 +6,7 @@ import pytest
 import torch
 from verl.trainer.ppo.core_algos import kl_penalty
 
-from rapo_verl.estimator_table import (
+from rapo_verl.theory.estimator_table import (
     FAR,
     NEAR,
     ROWS,

@@ -13,7 +13,7 @@ import pytest
 from stub_evaluation import PROBLEMS, SHARD, N, StubEngine, answer, draw, plan, run
 
 from rapo_verl.evaluation.generate import GenerationError
-from rapo_verl.evaluation.plan import Plan, PlanError, Sampling
+from rapo_verl.evaluation.spec import Plan, PlanError, Sampling
 from rapo_verl.evaluation.store import ShardError, Store, read_stated
 from rapo_verl.evaluation.watch import Watcher, describe
 

@@ -13,9 +13,9 @@ from stub_evaluation import PROBLEMS, N, StubEngine, draw, plan, run, samples
 from test_report import Page
 from typer.testing import CliRunner
 
-from rapo_verl.evaluation.cli import app
-from rapo_verl.evaluation.samples import MAX_CHARACTERS
-from rapo_verl.passk import pass_at_k_curve
+from rapo_verl.cli.evaluate import app
+from rapo_verl.method.passk import pass_at_k_curve
+from rapo_verl.report.samples import MAX_CHARACTERS
 
 EVIL = '</pre><script>alert("x")</script><img src=http://example.org onerror=alert(1)>'
 

@@ -17,10 +17,10 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from rapo_verl.evaluation.engines import CPU_ENVIRONMENT, EngineSpec, RayEngine, RayFleet
 from rapo_verl.evaluation.generate import EngineLostError
-from rapo_verl.evaluation.model import resolve_model
-from rapo_verl.evaluation.plan import PlanError, Sampling
 from rapo_verl.evaluation.session import generate_draws, read_subject
+from rapo_verl.evaluation.spec import PlanError, Sampling
 from rapo_verl.evaluation.store import Store
+from rapo_verl.run.export import resolve_model
 from rapo_verl.toy.base_model import encode_prompts
 from rapo_verl.toy.exact import response_log_prob
 

@@ -3,9 +3,9 @@
 import numpy as np
 from typer.testing import CliRunner
 
-from rapo_verl import figures
 from rapo_verl.cli import app
-from rapo_verl.estimator_table import table
+from rapo_verl.theory import figures
+from rapo_verl.theory.estimator_table import table
 
 
 def test_only_rapo_reaches_the_rewarded_region_off_the_support():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from verl.trainer.ppo.core_algos import kl_penalty
 
-from rapo_verl.forward_kl import LOG_RHO_CLAMP, ForwardKL, forward_kl_estimate
+from rapo_verl.method.forward_kl import LOG_RHO_CLAMP, ForwardKL, forward_kl_estimate
 
 ESTIMATORS = ("paper", "unbiased", "bounded")
 VOCABULARY = 40
@@ -466,7 +466,7 @@ def test_verl_low_var_kl_gradient_ends_where_our_document_says(log_rho, verl_has
 
 
 def test_bound_of_six_keeps_the_gradient_noise_of_a_sharpened_policy_below_one():
-    # The claim beside rho_max in rapo_verl/config.py: 20,000 tokens with a peaked head, policy at T = 0.6.
+    # The claim beside rho_max in rapo_verl/method/config.py: 20,000 tokens with a peaked head, policy at T = 0.6.
     generator = torch.Generator().manual_seed(0)
     logits = 2.5 * torch.randn(20_000, dtype=torch.float64, generator=generator)
     logits[:20] += torch.linspace(14, 6, 20, dtype=torch.float64)

@@ -11,9 +11,9 @@ import time
 import pytest
 from golden_answers import PAIRS, RESPONSES
 
-from rapo_verl.reward import VerifierFailingError, compute_score, reward_settings, verdict_metrics
-from rapo_verl.verifier import Verdict, Verifier, VerifierSettings
-from rapo_verl.verifier.answer import normalize
+from rapo_verl.reward import Verdict, Verifier, VerifierSettings
+from rapo_verl.reward.answer import normalize
+from rapo_verl.reward.function import VerifierFailingError, compute_score, reward_settings, verdict_metrics
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_verdicts_in_a_fork_of_a_process_that_verified(verifier):
 def test_processes_end_with_a_caller_that_is_killed():
     code = """if True:
         import os, signal, sys
-        from rapo_verl.verifier import Verifier
+        from rapo_verl.reward import Verifier
         v = Verifier()
         assert v.verify(r"\\boxed{6\\cdot 34}", "204")[0] == "correct"
         print(*v.pool.pids(), v.pool._nursery._process.pid, flush=True)

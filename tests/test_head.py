@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rapo_verl.head import HeadOutput, Target, chunk_size, head
+from rapo_verl.method.head import HeadOutput, Target, chunk_size, head
 
 ROWS, VOCABULARY, K = 11, 38, 5
 # fp64 sums of 38 terms of size up to 1e2.

@@ -13,13 +13,13 @@ from verl.utils.ulysses import set_ulysses_sequence_parallel_group
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from rapo_verl.compose import compose_config
-from rapo_verl.config import FULL_VOCABULARY, ForwardKLConfig, RapoConfig, ReferenceConfig
-from rapo_verl.cpu.engine import CpuFSDPEngine
-from rapo_verl.head import Target, head
-from rapo_verl.head_engine import FIELDS, MegatronHead, asks_for_head, response_index, run_head
-from rapo_verl.preflight import problems_of
-from rapo_verl.reference_worker import RapoWorker, reweighted_output
+from rapo_verl.method.config import FULL_VOCABULARY, ForwardKLConfig, RapoConfig, ReferenceConfig
+from rapo_verl.method.head import Target, head
+from rapo_verl.run.compose import compose_config
+from rapo_verl.run.preflight import problems_of
+from rapo_verl.training.cpu_engine import CpuFSDPEngine
+from rapo_verl.training.engine import FIELDS, MegatronHead, asks_for_head, response_index, run_head
+from rapo_verl.training.worker import RapoWorker, reweighted_output
 
 PROMPTS, RESPONSES, VOCABULARY, K = (3, 1, 4), (2, 5, 4), 12, 4  # 19 places: odd, so that two ranks need a pad
 TEMPERATURE = 0.7

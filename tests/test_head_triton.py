@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_head import EXACT, ROWS, SINGLE, VOCABULARY, Case, assert_same, by_autograd, edge_case, edge_rows
 
-from rapo_verl import head as head_module
-from rapo_verl.head import KERNEL_VARIABLE, TRITON_NAMED, head
+from rapo_verl.method import head as head_module
+from rapo_verl.method.head import KERNEL_VARIABLE, TRITON_NAMED, head
 
 triton = pytest.importorskip("triton")
 
@@ -32,7 +32,7 @@ def test_kernels_in_tritons_interpreter_do_what_torch_does():
 
 def interpret() -> None:
     """Put the kernels in the head's place, in blocks of 16 columns: three for the 38 of the cases."""
-    from rapo_verl import head_triton
+    from rapo_verl.method import head_triton
 
     head_triton.BLOCK = 16
     head_module._sweeps = lambda *_: head_triton
@@ -147,7 +147,7 @@ def test_kernels_compile_for_a_gpu_without_spilling(capability, tmp_path, monkey
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rapo_verl import head_triton
+    from rapo_verl.method import head_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"logits": "*bf16", "gradient": "*bf16", "index": "*i64", "ids": "*i64", "labels": "*i64"}
@@ -176,7 +176,7 @@ def test_kernels_compile_for_a_gpu_without_spilling(capability, tmp_path, monkey
 
 
 def test_kernels_are_for_cuda_and_not_for_a_target_that_names_a_vocabulary(monkeypatch):
-    from rapo_verl import head_torch, head_triton
+    from rapo_verl.method import head_torch, head_triton
 
     class OnDevice:
         is_cuda = True

@@ -7,9 +7,9 @@ import torch
 from typer.testing import CliRunner
 
 from rapo_verl.cli import app
-from rapo_verl.inspect_reference import PHIS, average, measure
-from rapo_verl.reference_tokens import reference_tokens
-from rapo_verl.reweighting import reweight_tokens
+from rapo_verl.method.reference_tokens import reference_tokens
+from rapo_verl.method.reweighting import reweight_tokens
+from rapo_verl.theory.inspect_reference import PHIS, average, measure
 
 TOP_K, TOP_P = 6, 0.9
 

@@ -13,14 +13,14 @@ from test_head_engine import RESPONSES, VOCABULARY, Batch, engine, rows_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from verl.utils import tensordict_utils as tu
 
-from rapo_verl.compose import compose_config
-from rapo_verl.config import RapoConfig
-from rapo_verl.head import head
-from rapo_verl.head_config import problems_of_head
-from rapo_verl.head_engine import check_linear
-from rapo_verl.linear_head import linear_head
-from rapo_verl.preflight import problems_of
-from rapo_verl.reweighting import reference_temperature
+from rapo_verl.method.config import RapoConfig
+from rapo_verl.method.head import head
+from rapo_verl.method.linear_head import linear_head
+from rapo_verl.method.reweighting import reference_temperature
+from rapo_verl.run.compose import compose_config
+from rapo_verl.run.head_config import problems_of_head
+from rapo_verl.run.preflight import problems_of
+from rapo_verl.training.engine import check_linear
 
 QWEN2 = {"model_type": "qwen2", "vocab_size": 264}
 ROWS, WIDTH, COLUMNS = 11, 6, 38

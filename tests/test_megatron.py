@@ -18,16 +18,16 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine import EngineRegistry, MegatronEngine, MegatronEngineWithLMHead
 
-from rapo_verl.compose import compose_config
-from rapo_verl.config import PER_TOKEN_ESTIMATORS, ForwardKLConfig, RapoConfig, ReferenceConfig
 from rapo_verl.evaluation.engines import CPU_ENVIRONMENT
-from rapo_verl.evaluation.model import resolve_model
-from rapo_verl.head_engine import FIELDS
+from rapo_verl.method.config import PER_TOKEN_ESTIMATORS, ForwardKLConfig, RapoConfig, ReferenceConfig
+from rapo_verl.method.reweighting import reference_temperature, reward_to_phi
 from rapo_verl.plan.memory import rank_parameters
 from rapo_verl.plan.model import shape_of
-from rapo_verl.policy_loss import rapo_policy_loss
-from rapo_verl.reweighting import reference_temperature, reward_to_phi
+from rapo_verl.run.compose import compose_config
+from rapo_verl.run.export import resolve_model
 from rapo_verl.toy.base_model import build_tokenizer
+from rapo_verl.training.engine import FIELDS
+from rapo_verl.training.loss import rapo_policy_loss
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("mbridge", reason="mbridge is not installed")
@@ -401,8 +401,8 @@ def test_plan_counts_the_parameters_of_each_rank(case):
 
 
 def test_verl_still_steps_on_any_gradient_and_looks_engines_up_as_we_register_ours(monkeypatch):
-    import rapo_verl.engines  # noqa: F401
-    from rapo_verl.megatron import GuardedMegatronEngine
+    import rapo_verl.training.external_lib  # noqa: F401
+    from rapo_verl.training.megatron import GuardedMegatronEngine
 
     step = " ".join(inspect.getsource(MegatronEngine.optimizer_step).split())
     assert "update_successful, grad_norm, num_zeros_in_grad = self.optimizer.step()" in step

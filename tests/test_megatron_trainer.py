@@ -10,9 +10,9 @@ from megatron_cpu import recipe_on_cpu
 from omegaconf import DictConfig, OmegaConf, open_dict
 from test_runs import SMALL
 
-from rapo_verl.checkpoints import read_checkpoints
-from rapo_verl.compose import compose_config
-from rapo_verl.launch import read_metrics
+from rapo_verl.run.checkpoints import read_checkpoints
+from rapo_verl.run.compose import compose_config
+from rapo_verl.run.launch import read_metrics
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("mbridge", reason="mbridge is not installed")
@@ -23,7 +23,7 @@ STEPS = 2
 COMPARED = ("critic/score/mean", "actor/entropy", "actor/pg_loss", "actor/loss", "actor/grad_norm", "rapo/forward_kl",
     "rapo/log_rho_mean", "rapo/phi_mean")  # fmt: skip
 START = (
-    "import sys; from omegaconf import OmegaConf; from rapo_verl.launch import run; "
+    "import sys; from omegaconf import OmegaConf; from rapo_verl.run.launch import run; "
     "sys.exit(run(OmegaConf.load(sys.argv[1])))"
 )
 ENVIRONMENT = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rapo_verl.optimum import forward_kl_optimum, objective, rapo_optimum, reverse_kl_optimum
+from rapo_verl.theory.optimum import forward_kl_optimum, objective, rapo_optimum, reverse_kl_optimum
 
 CASES = [(6, 0.5, 0.1), (40, 0.1, 0.02), (40, 1.0, 1.0), (200, 0.05, 1e-3), (200, 1e-3, 0.05), (1000, 0.3, 1e-4)]
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rapo_verl import passk, solved
+from rapo_verl.method import passk
+from rapo_verl.report import solved
 
 
 def exact_pass_at_k(n: int, c: int, k: int) -> Fraction:

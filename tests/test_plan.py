@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_map_only
 from typer.testing import CliRunner
 
 from rapo_verl.cli import app
-from rapo_verl.compose import compose_config
 from rapo_verl.plan.cost import GPUS, Assumed, cost, forward_flops
 from rapo_verl.plan.job import job_of, violations
 from rapo_verl.plan.memory import GIB, HEAD, activations, kv_bytes, layer_activation, memory, rank_parameters
 from rapo_verl.plan.model import PUBLISHED, shape_of
 from rapo_verl.plan.report import MARGIN, plan
+from rapo_verl.run.compose import compose_config
 
 H100 = GPUS["h100"]
 

@@ -16,10 +16,10 @@ from verl.workers.config import FSDPActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from rapo_verl.compose import compose_config
-from rapo_verl.config import ForwardKLConfig, RapoConfig
-from rapo_verl.forward_kl import forward_kl_estimate
-from rapo_verl.policy_loss import rapo_policy_loss
+from rapo_verl.method.config import ForwardKLConfig, RapoConfig
+from rapo_verl.method.forward_kl import forward_kl_estimate
+from rapo_verl.run.compose import compose_config
+from rapo_verl.training.loss import rapo_policy_loss
 
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 PROMPTS, RESPONSES = (3, 1, 2, 4, 2), (5, 2, 7, 1, 4)
@@ -34,7 +34,7 @@ def composed() -> DictConfig:
 
 
 def actor_config(**changes) -> FSDPActorConfig:
-    """Return veRL's actor config as rapo_verl/reference_worker.py builds it."""
+    """Return veRL's actor config as rapo_verl/training/worker.py builds it."""
     return omega_conf_to_dataclass(OmegaConf.merge(composed(), {"use_kl_loss": False, **changes}))
 
 

@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from torch.distributed import destroy_process_group, init_process_group
 from transformers import Qwen2Config
 
-from rapo_verl.compose import compose_config, experiments, recipe_dir
-from rapo_verl.config import rapo_config_from
 from rapo_verl.data.prepare import SCHEMA, messages
-from rapo_verl.plan.dry_run import show_dry_run
-from rapo_verl.preflight import problems_of
+from rapo_verl.method.config import rapo_config_from
+from rapo_verl.run.compose import compose_config, experiments, recipe_dir
+from rapo_verl.run.dry_run import show_dry_run
+from rapo_verl.run.preflight import problems_of
 from rapo_verl.toy.base_model import build_tokenizer
 
 RECIPES = [name for name in experiments() if name.startswith("qwen2.5")]

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rapo_verl import passk, plots, solved
-from rapo_verl.report import print_table, write_report
-from rapo_verl.results import EvalResult, check_comparable
-from rapo_verl.summary import role_of, summarise
-from rapo_verl.training_curves import series
+from rapo_verl.method import passk
+from rapo_verl.report import figures as plots
+from rapo_verl.report import solved
+from rapo_verl.report.page import print_table, write_report
+from rapo_verl.report.results import EvalResult, check_comparable
+from rapo_verl.report.summary import role_of, summarise
+from rapo_verl.report.training_curves import series
 
 N, GROUPS = 64, ("easy",) * 8 + ("latent",) * 8 + ("rare",) * 6 + ("ood",) * 6
 IDS = tuple(f"p{i:02d}" for i in range(len(GROUPS)))

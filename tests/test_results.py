@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from rapo_verl.results import EvalResult
+from rapo_verl.report.results import EvalResult
 
 N = 64
 IDS = tuple(f"p{i:02d}" for i in range(28))

@@ -8,9 +8,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rapo_verl.config import PHI_SHAPES, READINGS, ReferenceConfig
-from rapo_verl.reference_tokens import phi_nodes, reference_tokens, tail_at
-from rapo_verl.reweighting import nucleus, reference_temperature, reward_to_phi, reweight_log_prob, reweight_tokens
+from rapo_verl.method.config import PHI_SHAPES, READINGS, ReferenceConfig
+from rapo_verl.method.reference_tokens import phi_nodes, reference_tokens, tail_at
+from rapo_verl.method.reweighting import (
+    nucleus,
+    reference_temperature,
+    reward_to_phi,
+    reweight_log_prob,
+    reweight_tokens,
+)
 
 # Readings for which a pass that knows phi, and the sampled token alone, suffice.
 SAMPLED = ("token", "unnormalized")

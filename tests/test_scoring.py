@@ -9,13 +9,13 @@ import pytest
 from stub_evaluation import PROBLEMS, SHARD, N, StubEngine, answer, draw, plan, run, samples
 
 from rapo_verl.evaluation import score as scoring
-from rapo_verl.evaluation.assemble import load_study
-from rapo_verl.evaluation.plan import PlanError
-from rapo_verl.evaluation.responses import load, majority_at
 from rapo_verl.evaluation.score import score, score_path
+from rapo_verl.evaluation.spec import PlanError
 from rapo_verl.evaluation.store import Samples, Store, read_stated, read_table
-from rapo_verl.passk import default_ks
-from rapo_verl.verifier import VerifierSettings
+from rapo_verl.method.passk import default_ks
+from rapo_verl.report.assemble import load_study
+from rapo_verl.report.responses import load, majority_at
+from rapo_verl.reward import VerifierSettings
 
 INTEGER = VerifierSettings(strictness="integer")
 

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from rapo_verl.cli import app
-from rapo_verl.compose import compose_config, experiments
+from rapo_verl.run.compose import compose_config, experiments
 
 CLONE = Path(__file__).parent.parent
 SCRIPTS = sorted((CLONE / "slurm").glob("*.sh"))

@@ -2,7 +2,7 @@
 
 import itertools
 
-from rapo_verl.seeds import sampling_seed
+from rapo_verl.run.seeds import sampling_seed
 
 
 def test_seed_is_a_fixed_function_of_its_key():

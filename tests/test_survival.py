@@ -11,12 +11,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rapo_verl.compose import compose_config, experiments
-from rapo_verl.guards import describe, dump_batch, non_finite_metrics, non_finite_rows
-from rapo_verl.launch import _child_environment
-from rapo_verl.preflight import problems_of
-from rapo_verl.processes import dump_stacks
-from rapo_verl.stopping import Stopping
+from rapo_verl.run.compose import compose_config, experiments
+from rapo_verl.run.inspect import describe, non_finite_rows
+from rapo_verl.run.launch import _child_environment
+from rapo_verl.run.preflight import problems_of
+from rapo_verl.run.processes import dump_stacks
+from rapo_verl.run.stopping import Stopping
+from rapo_verl.training.guards import dump_batch, non_finite_metrics
 
 # --- stopping ---
 
@@ -88,7 +89,9 @@ def test_dumped_batch_says_rows_tokens_and_text(tmp_path):
 
 
 def test_process_ends_with_its_killed_parent():
-    child = "import time; from rapo_verl.processes import end_with_parent; end_with_parent(); print(1); time.sleep(600)"
+    child = (
+        "import time; from rapo_verl.run.processes import end_with_parent; end_with_parent(); print(1); time.sleep(600)"
+    )
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-uc', {child!r}]).wait()"
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
     process.stdout.readline()
@@ -102,7 +105,7 @@ def test_process_ends_with_its_killed_parent():
 def test_daemon_that_left_its_parent_is_found_and_ended():
     code = (
         "import subprocess, sys, time\n"
-        "from rapo_verl.processes import adopt_orphans, descendants, end_descendants\n"
+        "from rapo_verl.run.processes import adopt_orphans, descendants, end_descendants\n"
         "adopt_orphans()\n"
         "subprocess.run(['bash', '-c', 'setsid sleep 777 </dev/null >/dev/null 2>&1 & setsid bash -c \"trap : TERM; "
         "while :; do sleep 1; done\" </dev/null >/dev/null 2>&1 &'])\n"
@@ -158,7 +161,7 @@ def test_secret_in_the_config_is_refused(toy_dir, tmp_path, monkeypatch):
 def test_killed_actor_of_a_run_is_named_and_a_new_one_is_no_alarm(monkeypatch):
     import ray
 
-    from rapo_verl import liveness
+    from rapo_verl.training import liveness
 
     monkeypatch.setattr(liveness, "LIVENESS_SECONDS", 0.1)
     died = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rapo_verl import files
+from rapo_verl.run import files
 from rapo_verl.toy import base_model, exact, make, world
 from rapo_verl.toy.world import World
 

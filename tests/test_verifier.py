@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from rapo_verl.reward import compute_integer_score
-from rapo_verl.verifier import MAX_BOX, last_boxed, parse_integer, verify_integer
+from rapo_verl.reward import MAX_BOX, last_boxed, parse_integer, verify_integer
+from rapo_verl.reward.function import compute_integer_score
 
 
 @pytest.mark.parametrize(

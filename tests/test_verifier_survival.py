@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rapo_verl.verifier import Verifier, VerifierSettings, parse_integer
-from rapo_verl.verifier.answer import normalize, quick_verdict
+from rapo_verl.reward import Verifier, VerifierSettings, parse_integer
+from rapo_verl.reward.answer import normalize, quick_verdict
 
 # Each hangs or blows up math-verify in this process; none equals 204.
 HOSTILE = [
@@ -295,7 +295,7 @@ def test_verdicts_inside_ray_actors():
         @ray.remote
         class Judge:
             async def judge(self, text):
-                from rapo_verl.reward import compute_score
+                from rapo_verl.reward.function import compute_score
 
                 options = {"deadline_s": 5.0}
                 return (await compute_score("d", f"\\boxed{{{text}}}", "204", verifier=options))["verdict"]

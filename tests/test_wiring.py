@@ -41,27 +41,27 @@ from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
 
-from rapo_verl.compose import compose_config
-from rapo_verl.modes import MODES
-from rapo_verl.plugin import register_trainers
-from rapo_verl.reweighting import reference_temperature
-from rapo_verl.rollout import (
+from rapo_verl.method.reweighting import reference_temperature
+from rapo_verl.run.compose import compose_config
+from rapo_verl.run.modes import MODES
+from rapo_verl.training.plugin import register_trainers
+from rapo_verl.training.rollout import (
     SeededAgentLoopManager,
     SeededAgentLoopWorker,
     StrictReplayBuffer,
     StrictReplayBufferAsync,
 )
-from rapo_verl.safe_trainer import SafeTrainerMixin
-from rapo_verl.trainer import RapoTrainerMixin, RapoTrainerSync
+from rapo_verl.training.survival import SafeTrainerMixin
+from rapo_verl.training.trainer import RapoTrainerMixin, RapoTrainerSync
 
 BROKEN = "rapo_test_broken_plugin"
-# What our modules may add to `import verl`, in seconds (rapo_verl/plugin.py).
+# What our modules may add to `import verl`, in seconds (rapo_verl/training/plugin.py).
 PLUGIN_BUDGET = 0.2
 
 FOUND = """
 import importlib.metadata, json, os, sys
 import verl
-seen = {"plugin": "rapo_verl.plugin" in sys.modules}
+seen = {"plugin": "rapo_verl.training.plugin" in sys.modules}
 from verl.plugin.platform.platform_manager import get_platform
 from verl.utils.device import get_device_name, get_nccl_backend
 seen["platform"] = type(get_platform()).__name__
@@ -73,13 +73,13 @@ except importlib.metadata.PackageNotFoundError:
 from verl.utils import distributed
 seen["backend"] = distributed.initialize_global_process_group_ray.keywords
 from verl.utils.import_utils import import_external_libs
-import_external_libs("rapo_verl.engines")
-import_external_libs("rapo_verl.engines")
+import_external_libs("rapo_verl.training.external_lib")
+import_external_libs("rapo_verl.training.external_lib")
 from verl.workers.engine import EngineRegistry
 seen["engine"] = EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__
 from verl.workers.rollout.base import get_rollout_class
 sender = get_rollout_class("vllm", "async")
-from rapo_verl import weight_sync
+from rapo_verl.training import weights as weight_sync
 seen["sender"] = sender is weight_sync.RunServerAdapter
 from types import SimpleNamespace
 receiver = object.__new__(weight_sync.RunWorkerExtension)
@@ -91,7 +91,7 @@ for run_dir in ("/runs/a", "/runs/b", ""):
         seen["sockets"].append(receiver._get_zmq_handle())
     except RuntimeError as error:
         seen["no_run"] = str(error)
-from rapo_verl.plugin import register_trainers
+from rapo_verl.training.plugin import register_trainers
 register_trainers()
 register_trainers()
 from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
@@ -115,7 +115,7 @@ def cost():
     read, write = os.pipe()
     if os.fork() == 0:
         start = time.perf_counter()
-        import rapo_verl.plugin
+        import rapo_verl.training.plugin
         os.write(write, repr(time.perf_counter() - start).encode())
         os._exit(0)
     os.wait()
@@ -227,7 +227,7 @@ def test_classes_that_the_recipe_names_are_found_as_verl_looks_them_up():
 
 
 def test_overridden_worker_methods_keep_their_dispatch():
-    from rapo_verl.reference_worker import RapoWorker
+    from rapo_verl.training.worker import RapoWorker
 
     for name in ("init_model", "compute_ref_log_prob", "compute_log_prob"):
         ours, theirs = (getattr(getattr(cls, name), MAGIC_ATTR) for cls in (RapoWorker, ActorRolloutRefWorker))
@@ -335,7 +335,7 @@ def test_every_mode_of_ours_is_watched_over(mode, theirs):
 
 
 def test_every_mode_has_rapo_s_worker_and_what_verl_s_own_worker_of_that_mode_can():
-    from rapo_verl.reference_worker import RapoWorker
+    from rapo_verl.training.worker import RapoWorker
 
     register_trainers()
     config = compose_config(["experiment=qwen2.5_7b_rapo"])
@@ -421,7 +421,7 @@ def source(thing) -> str:
             ],
         ),
         (PPOTrainer.__init__, ["self.trainer_mode = self.config.trainer.v1.trainer_mode"]),
-        # rapo_verl/safe_trainer.py: the loop ends where total_training_steps says, saving comes before on_step_end.
+        # training/survival.py: the loop ends where total_training_steps says, saving comes before on_step_end.
         (
             PPOTrainer.fit,
             [
@@ -474,7 +474,7 @@ def source(thing) -> str:
             ActorRolloutRefWorker.compute_ref_log_prob,
             ["output = self.ref.infer_batch(data=data)", "return output.cpu() if output is not None else None"],
         ),
-        # With LoRA the reference is the actor: rapo_verl/reference_worker.py takes it by this name.
+        # With LoRA the reference is the actor: rapo_verl/training/worker.py takes it by this name.
         (
             PPOTrainer._compute_ref_log_prob,
             ['metadata["no_lora_adapter"] = True', "output = self.actor_rollout_wg.compute_log_prob(batch)"],
@@ -482,14 +482,14 @@ def source(thing) -> str:
         (TrainingWorker.infer_batch, ['no_lora_adapter = tu.pop(data, key="no_lora_adapter", default=False)']),
         (PPOTrainerSeparateAsync._init_resource_pool_mgr, ["ray.remote(DetachActorWorker)"]),
         (PPOTrainerSeparateAsync.__init__, ["assert train_batch_size == parameter_sync_step * ppo_mini_batch_size"]),
-        # rapo_verl/rollout.py: an interrupted request goes on with the same sampling parameters.
+        # rapo_verl/training/rollout.py: an interrupted request goes on with the same sampling parameters.
         (FullyAsyncLLMServerClient.generate, ["prompt_ids=prompt_ids + final_output.token_ids, sampling_params=s"]),
         (
             FSDPEngineWithLMHead.forward_step,
             ["loss_function( model_output=model_output, data=micro_batch, dp_group=self.get_data_parallel_group() )"],
         ),
         (FSDPEngineWithLMHead, ['backend=["fsdp", "fsdp2"], device=["cuda", "npu"])']),
-        # What rapo_verl/head_engine.py takes from the engine's own input code.
+        # What rapo_verl/training/engine.py takes from the engine's own input code.
         (
             FSDPEngineWithLMHead.prepare_model_inputs,
             [
@@ -567,7 +567,7 @@ def test_verl_source_still_does_what_we_work_around(thing, fragments):
 
 
 def test_verl_compares_the_trainer_mode_in_the_places_we_know():
-    # rapo_verl/trainer.py gives veRL back its own mode name because of these six.
+    # rapo_verl/training/trainer.py gives veRL back its own mode name because of these six.
     text = inspect.getsource(trainer_base)
     assert len(re.findall(r'trainer_mode [!=]= "sync"', text)) == 6
 
@@ -600,13 +600,13 @@ def test_verl_megatron_head_is_what_we_override():
 
 
 def test_our_engines_are_those_that_verl_takes_on_nvidia_and_on_the_cpu():
-    from rapo_verl.head_engine import FSDPHead, MegatronHead
+    from rapo_verl.training.engine import FSDPHead, MegatronHead
 
     code = """
 import json, os
 import verl
 from verl.utils.import_utils import import_external_libs
-import_external_libs("rapo_verl.engines")
+import_external_libs("rapo_verl.training.external_lib")
 from verl.workers.engine import EngineRegistry
 seen = {}
 for device, vendor in (("cuda", "nvidia"), ("cpu", "cpu"), ("npu", "huawei")):
@@ -681,7 +681,7 @@ def test_verl_vllm_worker_has_the_parameters_we_use(module, cls, name, want):
 
 
 def test_verl_names_its_weight_socket_as_we_expect():
-    # rapo_verl/weight_sync.py adds the run to both ends: here is where veRL names them, and nowhere else.
+    # rapo_verl/training/weights.py adds the run to both ends: here is where veRL names them, and nowhere else.
     ends = (("vllm_rollout", "self.zmq_handle =", "self.replica_rank}-rank-{local_rank"),
             ("utils", "return", "replica_rank}-rank-{trainer_rank"))  # fmt: skip
     for module, statement, rest in ends:
@@ -692,7 +692,7 @@ def test_verl_names_its_weight_socket_as_we_expect():
 
 
 def test_our_weight_sync_takes_what_verl_sends():
-    ours = method("rapo_verl.cpu.vllm_worker", "CpuWorkerExtension", "update_weights_from_ipc").args
+    ours = method("rapo_verl.training.cpu_weights", "CpuWorkerExtension", "update_weights_from_ipc").args
     theirs = method(f"{ROLLOUT}.utils", "vLLMColocateWorkerExtension", "update_weights_from_ipc").args
     assert [a.arg for a in ours.args] == [a.arg for a in theirs.args]
     assert [ast.unparse(d) for d in ours.defaults] == [ast.unparse(d) for d in theirs.defaults]

@@ -1,4 +1,4 @@
-"""What the nodes of a job tell each other, as files in one shared folder; and the exit codes of a job.
+"""What the nodes of a job tell each other, as files in one shared folder.
 
 Files, since they need no port, outlive every process and can be read afterwards. The first verdict stands: it names the
 cause, later ones its consequences.
@@ -11,13 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rapo_verl.files import write_atomic
-from rapo_verl.stopping import SAVED
+from rapo_verl.run.files import write_atomic
 
-# Exit codes of a job beside the command's own (0 done, 1 failed, 2 refused, 75 saved, 99 stalled).
-HEAD_FAILED, MISSING, HEAD_GONE, WORKER_FAILED, RAYLET_DIED = 90, 91, 92, 93, 94
-NO_VERDICT, PREFLIGHT, NODE_LOST = 95, 96, 97  # 98: a node that does not see the folder (slurm/launch.sh)
-REQUEUED = (SAVED, NODE_LOST)
 VERDICT = "verdict"
 # A small file for each node that often: a shared filesystem should not notice a job of a hundred nodes.
 BEAT_SECONDS = 3.0

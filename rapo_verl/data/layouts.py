@@ -11,10 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rapo_verl.verifier import last_boxed
+from rapo_verl import Refused
+from rapo_verl.reward import last_boxed
 
 
-class DataError(ValueError):
+class DataError(Refused):
     """Data that must not be used; the message says what, where and how to mend it, one problem a line."""
 
 

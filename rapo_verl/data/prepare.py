@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from rapo_verl.data.layouts import HUB, DataError, Problem, read_hub, read_records, to_problems
 from rapo_verl.data.validate import Checked, check_problems, normalized
-from rapo_verl.files import write_atomic
-from rapo_verl.verifier import Verifier
+from rapo_verl.reward import Verifier
+from rapo_verl.run.files import write_atomic
 
 SYSTEM = "You are a helpful assistant."
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."

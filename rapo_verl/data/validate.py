@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from rapo_verl.data.layouts import Problem
-from rapo_verl.verifier import Verdict, Verifier
-from rapo_verl.verifier.answer import normalize, parse_integer
+from rapo_verl.reward import Verdict, Verifier
+from rapo_verl.reward.answer import normalize, parse_integer
 
 # Keys that circulate wrongly: (year, contest, number) -> (wrong, right).
 _WRONG_KEYS = {("2024", "I", 8): (480, 197)}

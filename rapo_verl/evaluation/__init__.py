@@ -1,4 +1,4 @@
-"""pass@k at any n: `generate` fills a folder with samples, `score` judges them, `responses` counts, `report` shows.
+"""Samples that survive any kill, and their verdicts (`rapo eval generate`, `score`). No statistics, no page in here.
 
-`plan` says what is to be sampled, `store` keeps it in shards that never change, `engines` run vLLM here or on Ray.
+`spec` says what is to be sampled, `store` keeps it in shards that never change, `engines` run vLLM here or on Ray.
 """

@@ -11,11 +11,11 @@ import numpy as np
 
 from rapo_verl.data.prepare import load_tokenizer, render
 from rapo_verl.evaluation.engines import EngineSpec, VllmEngine
-from rapo_verl.evaluation.plan import PlanError, model_sha256
 from rapo_verl.evaluation.score import score_path
+from rapo_verl.evaluation.spec import PlanError, model_sha256
 from rapo_verl.evaluation.store import Store, read_table
-from rapo_verl.files import write_atomic
-from rapo_verl.verifier import Verdict
+from rapo_verl.reward import Verdict
+from rapo_verl.run.files import write_atomic
 
 # Responses in flight.
 WINDOW = 64

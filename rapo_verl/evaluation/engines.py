@@ -11,7 +11,7 @@ import psutil
 
 from rapo_verl.evaluation.generate import Engine, EngineLostError, Request
 from rapo_verl.evaluation.guard import guard
-from rapo_verl.evaluation.plan import PlanError
+from rapo_verl.evaluation.spec import PlanError
 from rapo_verl.evaluation.store import Samples
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ CPU_OPTIONS: dict[str, Any] = {
     "enable_chunked_prefill": False,
     "max_num_batched_tokens": 16384,
 }
-# One unbound thread, as in training (rapo_verl/launch.py); set before vLLM is imported.
+# One unbound thread, as in training (rapo_verl/run/launch.py); set before vLLM is imported.
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from rapo_verl.evaluation.plan import Job, Plan, Sampling
+from rapo_verl.evaluation.spec import Job, Plan, Sampling
 from rapo_verl.evaluation.store import Samples, Store
 
 logger = logging.getLogger(__name__)

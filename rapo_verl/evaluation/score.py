@@ -13,9 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from rapo_verl.evaluation.plan import PlanError
+from rapo_verl.evaluation.spec import PlanError
 from rapo_verl.evaluation.store import SCORES, ShardError, Store, read_stated, write_table
-from rapo_verl.verifier import Verifier, VerifierSettings
+from rapo_verl.reward import Verifier, VerifierSettings
 
 SCHEMA = pa.schema(
     [
@@ -35,7 +35,7 @@ REPEAT_TOKENS = 64
 def verifier_sha256() -> str:
     """Return the sha256 of what decides a verdict: our verifier's source and the versions of what it calls."""
     digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent.parent / "verifier").glob("*.py")):
+    for path in sorted((Path(__file__).parent.parent / "reward").glob("*.py")):
         digest.update(path.read_bytes())
     for package in ("math-verify", "latex2sympy2_extended", "sympy"):
         digest.update(f"{package} {version(package)}\n".encode())

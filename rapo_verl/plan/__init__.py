@@ -1,1 +1,1 @@
-"""``rapo plan``: what a run needs of its GPUs, before anyone queues for them. Arithmetic only: docs/scaling.md."""
+"""What a run will need of its GPUs, by arithmetic on a config (`rapo plan`). Nothing in here starts anything."""

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rapo_verl import Refused
+
 # The shapes of the published Qwen2.5 models (config.json of Qwen/Qwen2.5-*), so that a plan needs no network:
 # hidden, layers, heads, KV heads, feed-forward, vocabulary, embeddings shared with the head.
 PUBLISHED = {
@@ -43,7 +45,7 @@ def shape_of(path: str) -> ModelShape:
     """Return the shape of a published name of PUBLISHED, a checkpoint folder or a hub id.
 
     Raises:
-        ValueError: no config there, or a model that is no dense decoder with separate q, k and v.
+        Refused: no config there, or a model that is no dense decoder with separate q, k and v.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -54,7 +56,7 @@ def shape_of(path: str) -> ModelShape:
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layer = {name: count for name, count in counts.items() if name.startswith("model.layers.0.")}
     if not any("self_attn.q_proj" in name for name in layer):
-        raise ValueError(
+        raise Refused(
             f"{path}: the plan knows dense decoders laid out as Qwen2's, this is {type(model).__name__}; "
             "plan it by hand with docs/scaling.md"
         )
@@ -78,7 +80,7 @@ def config_of(path: str) -> Any:
     """Return the transformers config of a published name, a folder or a hub id.
 
     Raises:
-        ValueError: none is to be had.
+        Refused: none is to be had.
     """
     from transformers import AutoConfig, Qwen2Config
 
@@ -96,7 +98,7 @@ def config_of(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise Refused(
             f"no config of the model {path} to be had ({type(error).__name__}); give a checkpoint folder, a hub id, "
             f"or one of {', '.join(PUBLISHED)}"
         ) from error

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from rapo_verl import Refused
 from rapo_verl.plan.cost import GPUS, Assumed, Cost, Gpu, cost
 from rapo_verl.plan.job import Job, job_of, violations
 from rapo_verl.plan.memory import GIB, Memory, memory
@@ -43,13 +44,13 @@ def plan(config: DictConfig, gpu: Gpu, *, gpus: int | None = None, assumed: Assu
     """Return the plan of a resolved run config.
 
     Args:
-        config: as from `rapo_verl.compose.compose_config`.
+        config: as from `rapo_verl.run.compose.compose_config`.
         gpu: the card.
         gpus: number of them instead of the config's.
         assumed: what the seconds rest on.
 
     Raises:
-        ValueError: the model's shape is not to be had.
+        Refused: the model's shape is not to be had.
     """
     shape, job = shape_of(config.actor_rollout_ref.model.path), job_of(config, gpus=gpus)
     assumed = assumed or Assumed()
@@ -77,10 +78,10 @@ def show_plan(
     """Print the plan of a config as tables or JSON and return whether it fits.
 
     Raises:
-        ValueError: an unknown card, or a model whose shape is not to be had.
+        Refused: an unknown card, or a model whose shape is not to be had.
     """
     if gpu not in GPUS:
-        raise ValueError(f"unknown gpu {gpu!r}; allowed: {', '.join(GPUS)}")
+        raise Refused(f"unknown gpu {gpu!r}; allowed: {', '.join(GPUS)}")
     made = plan(config, GPUS[gpu], gpus=gpus, assumed=Assumed(response=response))
     if as_json:
         print(json.dumps({**asdict(made), "fits": made.fits, "step_seconds": made.cost.step}, indent=1))

@@ -1,1 +1,1 @@
-"""A toy world with exact pass@k: its problems, a tiny base model, and success probabilities by enumeration."""
+"""A world whose pass@k is known exactly: its problems, a tiny base model, the demo. No other room may need it."""

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from rapo_verl.progress import bar_interval
+from rapo_verl.run.progress import bar_interval
 from rapo_verl.toy.world import World
 
 logger = logging.getLogger(__name__)

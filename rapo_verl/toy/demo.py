@@ -14,12 +14,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from rapo_verl.compose import compose_config
-from rapo_verl.evaluation.assemble import load_study, study_samples, study_settings
-from rapo_verl.launch import CONFIG_FILE, ENVIRONMENT_FILE, read_metrics, run
-from rapo_verl.preflight import problems_of
-from rapo_verl.processes import no_process_left
-from rapo_verl.report import print_table, write_report
+from rapo_verl.report.assemble import load_study, study_samples, study_settings
+from rapo_verl.report.page import print_table, write_report
+from rapo_verl.run.compose import compose_config
+from rapo_verl.run.launch import read_metrics, run
+from rapo_verl.run.names import CONFIG_FILE, ENVIRONMENT_FILE
+from rapo_verl.run.preflight import problems_of
+from rapo_verl.run.processes import no_process_left
 from rapo_verl.toy.evaluate import BASE, EXACT_FILE, HARD_FOLDER
 from rapo_verl.toy.make import MODEL_DIR, make_toy
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import transformers
 
 from rapo_verl.evaluation.engines import EngineSpec, LocalFleet
-from rapo_verl.evaluation.plan import Sampling
 from rapo_verl.evaluation.score import score
 from rapo_verl.evaluation.session import generate_draws, read_subject
-from rapo_verl.files import write_atomic
-from rapo_verl.processes import end_with_parent
+from rapo_verl.evaluation.spec import Sampling
+from rapo_verl.reward import VerifierSettings
+from rapo_verl.run.files import write_atomic
+from rapo_verl.run.processes import end_with_parent
 from rapo_verl.toy.exact import success_probabilities
 from rapo_verl.toy.make import EVAL_FILE, load_problems
-from rapo_verl.verifier import VerifierSettings
 
 # A solution has 23 tokens, its end included.
 MAX_RESPONSE_TOKENS = 24

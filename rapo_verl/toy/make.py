@@ -6,9 +6,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
+from rapo_verl import Refused
 from rapo_verl.data.layouts import DataError
 from rapo_verl.data.prepare import prepare
-from rapo_verl.files import write_atomic
+from rapo_verl.run.files import write_atomic
 from rapo_verl.toy.base_model import pretrain
 from rapo_verl.toy.world import Problem, Split, World, write_jsonl
 
@@ -27,7 +28,7 @@ def make_toy(out: Path, *, seed: int, progress: bool = True) -> None:
         progress: show a progress bar over the pre-training.
 
     Raises:
-        ValueError: the folder holds a toy of other settings.
+        Refused: the folder holds a toy of other settings.
     """
     settings = {
         "world_seed": seed,
@@ -37,7 +38,7 @@ def make_toy(out: Path, *, seed: int, progress: bool = True) -> None:
     }
     path = out / WORLD_FILE
     if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"{out} holds a toy of other settings ({path.read_text()}); choose another folder")
+        raise Refused(f"{out} holds a toy of other settings ({path.read_text()}); choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     world = World(seed)
     write_problems(world, out, train=(TRAIN_PROBLEMS, TRAIN_SEED), evaluation=(EVAL_PROBLEMS, EVAL_SEED))

@@ -16,7 +16,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rapo_verl.files import write_atomic
+from rapo_verl.run.files import write_atomic
 
 Split = Literal["train", "eval"]
 IntArray = NDArray[np.int64]

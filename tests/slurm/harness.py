@@ -148,6 +148,6 @@ class Job:
         """Return the steps in the newest checkpoint, in the order in which they were done."""
         import json
 
-        from rapo_verl.checkpoints import read_checkpoints
+        from rapo_verl.run.checkpoints import read_checkpoints
 
         return json.loads((read_checkpoints(self.run_dir / "checkpoints")[-1].folder / "state.json").read_text())

@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from rapo_verl import checkpoints
-from rapo_verl.files import write_atomic
-from rapo_verl.stopping import DUMP_FILE, SAVED, STALLED, STATE_VARIABLE, Stopping
+from rapo_verl.run import checkpoints
+from rapo_verl.run.files import write_atomic
+from rapo_verl.run.names import DUMP_FILE, SAVED, STALLED, STATE_VARIABLE
+from rapo_verl.run.stopping import Stopping
 
 WANTED = {"model": "stub", "data": "stub", "world": "stub"}
 

@@ -8,8 +8,8 @@ import psutil
 import pytest
 from harness import CLONE
 
-from rapo_verl.checkpoints import read_checkpoints
-from rapo_verl.launch import read_metrics
+from rapo_verl.run.checkpoints import read_checkpoints
+from rapo_verl.run.launch import read_metrics
 
 pytestmark = pytest.mark.slurm
 

@@ -1,0 +1,27 @@
+"""The command ``rapo``: parse, call a room, print. No work is done in here, and heavy imports stand inside commands."""
+
+import logging
+import sys
+
+from rapo_verl.cli import data, evaluate, look, train
+from rapo_verl.cli.base import commands
+from rapo_verl.run.names import INTERRUPTED
+
+app = commands("RAPO (arXiv 2510.03865) on veRL: train, evaluate, look.")
+for panel, source in (("Train", train.app), ("Look", look.app)):
+    for command in source.registered_commands:
+        command.rich_help_panel = panel
+        app.registered_commands.append(command)
+app.add_typer(train.toy, name="toy", rich_help_panel="Train")
+app.add_typer(evaluate.app, name="eval", rich_help_panel="Evaluate")
+app.add_typer(data.app, name="data", rich_help_panel="Data")
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C ends with exit code 130."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("rapo: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None

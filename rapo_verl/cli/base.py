@@ -1,0 +1,58 @@
+"""What every command shares: one refusal, and the config of a run from its overrides."""
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from rapo_verl import Refused
+from rapo_verl.run.names import REFUSED
+
+# Of `rapo --help`, in this order; None: commands of a group.
+PANELS = (None, "Train", "Evaluate", "Data", "Look")
+
+
+class Commands(TyperGroup):
+    """Commands that end with code 2 and what to do on `Refused`, wherever it was raised."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names in the order of their panels."""
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: PANELS.index(getattr(self.commands[name], "rich_help_panel", None)))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except Refused as error:
+            print(f"rapo: {len(error.problems)} problem(s); nothing was started:", file=sys.stderr)
+            for problem in error.problems:
+                print(f"- {problem}", file=sys.stderr)
+            raise typer.Exit(REFUSED) from error
+
+
+def commands(help: str) -> typer.Typer:
+    """Return a group of commands."""
+    return typer.Typer(
+        cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=help
+    )
+
+
+def composed(overrides: list[str]) -> Any:
+    """Return the resolved config of the overrides.
+
+    Raises:
+        Refused: no or an unknown experiment, key or value.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from rapo_verl.run.compose import compose_config, experiments
+
+    if not any(override.startswith("experiment=") for override in overrides):
+        raise Refused(f"no experiment given; allowed: {', '.join(f'experiment={name}' for name in experiments())}")
+    try:
+        return compose_config(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise Refused(str(error)) from error

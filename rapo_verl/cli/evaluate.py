@@ -1,0 +1,214 @@
+"""The commands `rapo eval ...`; heavy imports are inside them."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rapo_verl import Refused
+from rapo_verl.cli.base import commands
+from rapo_verl.run.names import FAILED
+
+app = commands("pass@k of any model on any problem set: docs/evaluating.md.")
+
+# n and what else a protocol fixes; an option given beside it wins.
+PRESETS = {
+    # arXiv 2510.03865, figure 3: k up to 2^10 from n = 2048. Temperature and limits are not in the paper.
+    "rapo-paper": {"n": 2048, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8192},
+    "quick": {"n": 64, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8192},
+}
+Folders = Annotated[list[Path], typer.Argument(help="made by `rapo eval generate`")]
+Strictness = Annotated[str, typer.Option(help="of the verifier: integer, symmetric or math_verify")]
+DEADLINE_S = 5.0
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+@app.command("generate")
+def eval_generate(
+    model: Annotated[str, typer.Option(help="run's folder, checkpoint (Hugging Face, veRL's global_step_N) or hub id")],
+    data: Annotated[list[Path], typer.Option(help="parquet of `rapo data prepare`; more files may follow")],
+    out: Annotated[Path, typer.Option(help="folder of the samples")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[DATA]...", help="more files")] = None,
+    preset: Annotated[str, typer.Option(help=f"one of {', '.join(PRESETS)}")] = "rapo-paper",
+    n: Annotated[int | None, typer.Option(help="samples a problem")] = None,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="of a response")] = None,
+    stop_id: Annotated[
+        list[int] | None, typer.Option(help="token that ends a response, beside the model's own")
+    ] = None,
+    draw: Annotated[int, typer.Option(help="number of the draw: another one has other seeds throughout")] = 1,
+    shard: Annotated[int, typer.Option(help="samples a file")] = 128,
+    part: Annotated[str, typer.Option(help="i/count: the i-th part, for processes side by side; from 0")] = "0/1",
+    limit: Annotated[int | None, typer.Option(help="only the first problems of each file")] = None,
+    logprobs: Annotated[bool, typer.Option(help="keep each response's cumulative log-prob")] = True,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs of one engine")] = 1,
+    ray: Annotated[str | None, typer.Option(help="auto: an existing cluster; local: one on this machine")] = None,
+    engines: Annotated[int, typer.Option(help="with --ray: at most so many; 0: all that fit")] = 0,
+    engine_arg: Annotated[list[str] | None, typer.Option(help="key=value for vLLM's engine; repeatable")] = None,
+) -> None:
+    """Sample; the same command goes on where it stopped.
+
+    Example: rapo eval generate --model runs/toy_rapo_cpu --data aime24.parquet --out evals/rapo --n 64
+    """
+    from rapo_verl.evaluation.engines import EngineSpec, LocalFleet, RayFleet
+    from rapo_verl.evaluation.generate import GenerationError
+    from rapo_verl.evaluation.session import generate_draws, read_subject
+    from rapo_verl.evaluation.spec import Sampling
+
+    if preset not in PRESETS:
+        raise Refused(f"--preset is {preset!r}; allowed: {', '.join(PRESETS)}")
+    given = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    chosen = PRESETS[preset] | {key: value for key, value in given.items() if value is not None}
+    bad = [text for text in engine_arg or [] if "=" not in text]
+    if bad or ray not in (None, "auto", "local"):
+        raise Refused(f"--engine-arg takes key=value, --ray auto or local; got {bad or ray}")
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise Refused(f"--part is {part!r}; allowed: i/count with 0 <= i < count")
+    samples = int(chosen.pop("n"))
+    sampling = Sampling(**chosen, stop_token_ids=tuple(stop_id or ()), logprobs=logprobs)  # type: ignore[arg-type]
+    subject = read_subject(model, [*data, *(more or [])], sampling, limit=limit)
+    print(f"model: {subject.model}", flush=True)
+    sampled = subject.draw(out, n=samples, draw=draw, shard=shard)
+    sampled.part = int(index), int(count)
+    options = {key: _value(value) for key, value in (text.split("=", 1) for text in engine_arg or [])}
+    spec = EngineSpec(str(subject.folder), subject.longest, tensor_parallel, options)
+    if ray is not None:
+        import ray as cluster
+
+        try:
+            cluster.init(address="auto" if ray == "auto" else "local", log_to_driver=False)
+        except ConnectionError as error:
+            raise Refused(f"--ray {ray}: {error}") from error
+    fleet = LocalFleet(spec) if ray is None else RayFleet(spec, engines=engines)
+    try:
+        damaged = generate_draws([sampled], fleet, label=out.name)
+    except GenerationError as error:
+        print(f"rapo eval: {error}", file=sys.stderr)
+        raise typer.Exit(FAILED) from error
+    if damaged:
+        print(f"{len(damaged)} damaged shard(s) were made again; the old files end in .damaged", file=sys.stderr)
+    if int(count) > 1:
+        print(f"{out}: part {part} is complete; the others are made by other processes")
+        return
+    print(f"{out}: {samples} samples of each of {len(subject.problems)} problems; next: rapo eval score {out}")
+
+
+def _score(folders: list[Path], strictness: str, deadline: float, jobs: int | None) -> None:
+    from tqdm import tqdm
+
+    from rapo_verl.evaluation.score import score
+    from rapo_verl.evaluation.store import Store
+    from rapo_verl.reward import VerifierSettings
+    from rapo_verl.run.progress import bar_interval
+
+    settings = VerifierSettings(strictness=strictness, deadline_s=deadline, workers=1)
+    if settings.problems():
+        raise Refused(settings.problems())
+    for folder in folders:
+        store = Store.open(folder)
+        with tqdm(desc=f"scoring {folder}", unit="problem", total=0, mininterval=bar_interval()) as bar:
+            judged = score(store, settings, jobs=jobs, started=bar.reset, done=bar.update)
+        print(f"{folder}: {judged} of {len(store.problems)} problems judged, the others were")
+
+
+@app.command("score")
+def eval_score(
+    folders: Folders,
+    strictness: Strictness = "symmetric",
+    deadline: Annotated[float, typer.Option(help="seconds that one comparison may take")] = DEADLINE_S,
+    jobs: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
+) -> None:
+    """Judge samples; what was judged by this verifier already is kept.
+
+    Example: rapo eval score evals/base evals/rapo
+    """
+    _score(folders, strictness, deadline, jobs)
+
+
+@app.command("report")
+def eval_report(
+    folders: Folders,
+    out: Annotated[Path, typer.Option(help="folder of the report")],
+    hard_from: Annotated[Path | None, typer.Option(help="another draw of the base, which chooses Hard")] = None,
+    force_same_draw: Annotated[bool, typer.Option(help="let a scored draw choose Hard; the report says so")] = False,
+    score: Annotated[bool, typer.Option("--score", help="first judge what `rapo eval score` would")] = False,
+    strictness: Strictness = "symmetric",
+    title: Annotated[str, typer.Option()] = "pass@k",
+    draws: Annotated[int, typer.Option(help="of the bootstrap")] = 2000,
+) -> None:
+    """Write report.html, figures, JSON, CSV and a LaTeX table from judged folders; the first is the base by default.
+
+    Example: rapo eval report evals/base evals/rapo --out evals/report
+    """
+    from rapo_verl.report.assemble import load_study, study_samples, study_settings
+    from rapo_verl.report.page import print_table, write_report
+
+    if score:
+        _score([*folders, *([hard_from] if hard_from else [])], strictness, DEADLINE_S, None)
+    results, hard_choice, responses = load_study(folders, hard_from)
+    names = [result.name for result in results]
+    summary = write_report(
+        out,
+        results=results,
+        hard_choice=hard_choice,
+        histories={},
+        settings={"command": " ".join(["rapo", *sys.argv[1:]]), **study_settings(folders, names, hard_from)},
+        title=title,
+        responses=responses,
+        samples=study_samples(folders, names),
+        force_same_draw=force_same_draw,
+        draws=draws,
+    )
+    print_table(summary)
+    print(f"report: {out / 'report.html'}")
+
+
+@app.command("watch")
+def eval_watch(
+    folder: Annotated[Path, typer.Argument(help="made by `rapo eval generate`")],
+    every: Annotated[float, typer.Option(help="seconds between lines; 0: one line")] = 10.0,
+) -> None:
+    """Print progress, tokens per second and time left until the folder is complete.
+
+    Example: rapo eval watch evals/rapo
+    """
+    from rapo_verl.evaluation.watch import Watcher, describe
+
+    watcher = Watcher(folder)
+    while True:
+        state = watcher.look()
+        print(describe(state), flush=True)
+        if every <= 0 or state.done == state.total:
+            return
+        time.sleep(every)
+
+
+@app.command("cross-logprob")
+def eval_cross_logprob(
+    folder: Annotated[Path, typer.Argument(help="judged samples of one model")],
+    model: Annotated[str, typer.Option(help="the other model, which reads its right responses")],
+    out: Annotated[Path, typer.Option(help="JSON file")],
+    per_problem: Annotated[int, typer.Option(help="right responses of each problem, at most")] = 32,
+) -> None:
+    """Give the perplexity of one model's right responses under another, for example of RL's under the base.
+
+    Example: rapo eval cross-logprob evals/rapo --model Qwen/Qwen2.5-7B --out cross.json
+    """
+    from rapo_verl.evaluation.cross import cross_logprob
+    from rapo_verl.evaluation.store import Store
+    from rapo_verl.run.export import resolve_model
+
+    found = cross_logprob(Store.open(folder), resolve_model(model), out, per_problem=per_problem)
+    shown = ("responses", "perplexity_median", "perplexity_95", "nats_per_token")
+    print(", ".join(f"{key} {found[key]:.4g}" for key in shown))

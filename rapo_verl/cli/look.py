@@ -1,0 +1,123 @@
+"""Commands that look: at a plan, an installation, a run, a reference, the theory."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rapo_verl import Refused
+from rapo_verl.cli.base import commands, composed
+
+app = commands("Look.")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="name of an experiment")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="any key=value, as for `rapo train`")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="how many; default: the recipe's")] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, a100-40, l40s or rtx4090")] = "h100",
+    response: Annotated[int, typer.Option(min=1, help="mean tokens of a response, for the times")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what a run needs of its GPUs, whether it fits and what would: docs/scaling.md. Exit code 1: it does not.
+
+    Example: rapo plan qwen2.5_7b_rapo --gpus 16 --gpu h200
+    """
+    from rapo_verl.plan.report import show_plan
+
+    config = composed([f"experiment={recipe}", *(overrides or [])])
+    fits = show_plan(config, gpu=gpu, gpus=gpus, response=response, as_json=as_json)
+    raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="what a node of a Slurm job needs, in a second")] = False,
+) -> None:
+    """Say what is installed, which platform this is, what is wrong and how to mend it; exit code 1 if anything is.
+
+    Example: rapo doctor
+    """
+    from rapo_verl.cluster.checks import check_node
+    from rapo_verl.run.doctor import examine, print_findings
+
+    findings = check_node() if cluster else examine()
+    print_findings(findings)
+    if any(not finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def checkpoints(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    verify: Annotated[bool, typer.Option("--verify", help="read every byte")] = False,
+    export: Annotated[int | None, typer.Option(help="step to write as a Hugging Face model")] = None,
+    to: Annotated[Path | None, typer.Option(help="folder for --export")] = None,
+) -> None:
+    """List a run's checkpoints; exit code 1 if one is damaged or incomplete.
+
+    Example: rapo checkpoints runs/toy_rapo_cpu --verify
+    """
+    from rapo_verl.run.inspect import export_checkpoint, show_checkpoints
+
+    if export is None:
+        raise typer.Exit(0 if show_checkpoints(run, verify=verify) else 1)
+    print(export_checkpoint(run, export, to or run / "export" / f"step_{export}"))
+
+
+@app.command("inspect-batch")
+def inspect_batch(
+    file: Annotated[Path, typer.Argument(help="bad_batches/step_N.pt of a run that stopped on NaN")],
+    rows: Annotated[int, typer.Option(help="responses to show")] = 5,
+) -> None:
+    """Say what in a batch is NaN or infinite, and show the responses it stands in.
+
+    Example: rapo inspect-batch runs/toy_rapo_cpu/bad_batches/step_3.pt
+    """
+    from rapo_verl.run.inspect import inspect
+
+    print("\n".join(inspect(file, rows)))
+
+
+@app.command()
+def figures(
+    out: Annotated[Path, typer.Option(help="folder for the figures, PNG and SVG")] = Path("docs/images"),
+    page: Annotated[Path, typer.Option(help="the table of estimators")] = Path("docs/estimators.md"),
+) -> None:
+    """Draw the theory: optimal policies (the paper's Figures 1 and 2), bias and variance of the KL estimators.
+
+    Example: rapo figures
+    """
+    from rapo_verl.theory.figures import write_figures
+
+    for path in write_figures(out, page):
+        print(path)
+
+
+@app.command("inspect-reference")
+def inspect_reference(
+    model: Annotated[str, typer.Argument(help="checkpoint folder or hub id")],
+    prompts: Annotated[Path, typer.Option(help="veRL parquet with chat prompts")],
+    out: Annotated[Path, typer.Option(help="folder for reference.json, .png and .svg")] = Path(
+        "runs/inspect-reference"
+    ),
+    rows: Annotated[int, typer.Option(help="prompts to take", min=1)] = 32,
+    tokens: Annotated[int, typer.Option(help="longest sampled response", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="of the rollout")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="rapo.reference.top_k")] = 64,
+    top_p: Annotated[float, typer.Option(help="rapo.reference.top_p")] = 0.95,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+) -> None:
+    """Say what tempering by phi does to a reference: mass outside its top k, KL to the untempered.
+
+    Example: rapo inspect-reference Qwen/Qwen2.5-0.5B --prompts data/aime24.parquet
+    """
+    from rapo_verl.theory.inspect_reference import inspect_reference as inspect
+
+    try:
+        inspect(
+            model, prompts, out, rows=rows, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+    except (ValueError, OSError) as error:  # what transformers raises on a model that is none
+        raise Refused(str(error)) from error

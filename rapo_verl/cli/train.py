@@ -1,0 +1,74 @@
+"""Commands that train."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rapo_verl import Refused
+from rapo_verl.cli.base import commands, composed
+
+app = commands("Train.")
+toy = commands("The toy world: docs/toy.md.")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    overrides: Annotated[list[str] | None, typer.Argument(help="experiment=NAME and any key=value")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show the log of every process")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show the plan, start nothing")] = False,
+) -> None:
+    """Train; started again with the same config, a run goes on from its last checkpoint.
+
+    Example: rapo train experiment=toy_rapo_cpu actor_rollout_ref.actor.optim.lr=1e-4
+    """
+    from rapo_verl.run.launch import run
+    from rapo_verl.run.preflight import problems_of
+
+    config = composed(overrides or [])
+    problems = problems_of(config)
+    if problems:
+        raise Refused(problems)
+    if dry_run:
+        from rapo_verl.run.dry_run import show_dry_run
+
+        raise typer.Exit(0 if show_dry_run(config) else 1)
+    raise typer.Exit(run(config, verbose=verbose))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder of the demo")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="of the toy's world and base model")] = 0,
+    n: Annotated[int, typer.Option(help="responses per problem")] = 512,
+    problems: Annotated[int, typer.Option(help="held-out problems, a multiple of 12")] = 96,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value for both trainings")] = None,
+) -> None:
+    """Train GRPO and RAPO on the toy world and compare their pass@k with the base model's, on this machine's CPU.
+
+    Example: rapo demo --out runs/demo
+    """
+    from rapo_verl.toy.demo import StageError
+    from rapo_verl.toy.demo import demo as run_demo
+
+    try:
+        run_demo(out, seed=seed, n=n, limit=problems, overrides=overrides)
+    except StageError as error:
+        print(f"rapo demo: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+@toy.command("make")
+def toy_make(
+    out: Annotated[Path, typer.Option(help="folder; `toy_dir` of the experiments")] = Path("runs/toy/base0"),
+    seed: Annotated[int, typer.Option(help="of the world and of the base model")] = 0,
+) -> None:
+    """Make the toy's problems (veRL parquet) and pre-train its base model.
+
+    Example: rapo toy make --out runs/toy/base1 --seed 1
+    """
+    from rapo_verl.toy.make import make_toy
+
+    make_toy(out, seed=seed)
+    print(f"toy: {out}")

@@ -1,0 +1,48 @@
+"""The prompts of an evaluation as token ids, and the tokens that end a response."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rapo_verl.data.prepare import render
+from rapo_verl.evaluation.spec import PlanError, Problem
+
+# End tokens of chat formats. Base models of the Qwen family end with one that their config does not name.
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
+
+
+def load_prompts(
+    folder: Path, problems: Sequence[Problem], max_tokens: int
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...], int]:
+    """Return each problem's prompt as token ids, the ids that end a response, and the longest sequence to expect.
+
+    Args:
+        folder: checkpoint with tokenizer and chat template.
+        problems: the problems.
+        max_tokens: of a response.
+
+    Raises:
+        PlanError: no tokenizer, no chat template, or the model is made for shorter sequences.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        texts = [render([dict(turn) for turn in problem.messages], tokenizer) for problem in problems]
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{folder}: {error}") from error
+    prompts = tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    longest = max(map(len, prompts)) + max_tokens
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise PlanError(
+            f"the longest prompt and max_tokens ({max_tokens}) need {longest} positions, the model has {limit}; "
+            f"lower max_tokens to {limit - longest + max_tokens}"
+        )
+    vocabulary = tokenizer.get_vocab()
+    ends = {tokenizer.eos_token_id, *(vocabulary[token] for token in _END_TOKENS if token in vocabulary)}
+    if (folder / "generation_config.json").is_file():
+        stated = GenerationConfig.from_pretrained(folder).eos_token_id
+        ends |= set(stated) if isinstance(stated, list) else {stated}
+    return prompts, tuple(sorted(ends - {None})), longest

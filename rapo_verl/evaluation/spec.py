@@ -1,0 +1,215 @@
+"""What one evaluation samples: model, problems, sampling, seeds; all of it in the manifest of its folder."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rapo_verl import Refused
+from rapo_verl.data.layouts import DataError, read_records
+from rapo_verl.run.seeds import sampling_seed
+
+FORMAT = "rapo_verl.evaluation/1"
+# Samples of one shard: enough that a file is worth its overhead, few enough that a kill costs little.
+SHARD = 128
+# Files of a checkpoint that decide what it says.
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+class PlanError(Refused):
+    """An evaluation that cannot be or must not be made as asked; one fault a line."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: its id in the set, where it comes from, its group, right answer and chat messages."""
+
+    id: str
+    source: str
+    group: str
+    gold: str
+    messages: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    # Tokens of a response, its end included.
+    max_tokens: int = 8192
+    # Besides the end tokens that the model's own files name.
+    stop_token_ids: tuple[int, ...] = ()
+    # Keep each response's cumulative log-prob: nats, of the model's own distribution (temperature 1, no top-p).
+    logprobs: bool = True
+
+    def problems(self) -> list[str]:
+        """Return every problem of the settings as one line each (empty: none)."""
+        checks = [
+            (0 <= self.temperature < float("inf"), "temperature", "a finite number >= 0"),
+            (0 < self.top_p <= 1, "top_p", "(0, 1]"),
+            (self.max_tokens >= 1, "max_tokens", ">= 1"),
+        ]
+        return [f"{name} is {getattr(self, name)!r}; allowed: {allowed}" for ok, name, allowed in checks if not ok]
+
+
+class Job(NamedTuple):
+    """One shard: `samples` samples from number `first` on of a problem, under one seed."""
+
+    problem: int
+    shard: int
+    first: int
+    samples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One draw of n samples of each problem from one model.
+
+    Attributes:
+        model: sha256 of the checkpoint's files.
+        data: file name to sha256.
+        problems: in order.
+        prompts: token ids of each problem's prompt.
+        n: samples a problem.
+        draw: number of the draw; another draw of a model has other seeds everywhere.
+        sampling: temperature and the rest.
+        shard: samples of one shard; the last of a problem may have fewer.
+        versions: of what turns a seed into a text.
+    """
+
+    model: str
+    data: dict[str, str]
+    problems: tuple[Problem, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    n: int
+    draw: int
+    sampling: Sampling
+    shard: int
+    versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        """Raise PlanError with every fault at once."""
+        faults = self.sampling.problems()
+        if self.n < 1 or self.shard < 1:
+            faults.append(f"n is {self.n} and shard {self.shard}; allowed: at least 1")
+        if not self.problems or len(self.problems) != len(self.prompts):
+            faults.append(
+                f"{len(self.problems)} problems and {len(self.prompts)} prompts; allowed: as many, at least 1"
+            )
+        if len({problem.id for problem in self.problems}) < len(self.problems):
+            faults.append("two problems have one id; is a file given twice?")
+        if not faults:
+            seeds = sorted(job.seed for job in self.jobs)
+            # vLLM gives child i of a request the seed s + i.
+            if any(b - a < self.shard for a, b in pairwise(seeds)):
+                faults.append(f"two shards would share seeds in draw {self.draw}; take another draw")
+        if faults:
+            raise PlanError("\n".join(faults))
+
+    @cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        """All shards; first shards of all problems first, so that a part of the work already covers every problem."""
+        return tuple(
+            Job(problem, first // self.shard, first, min(self.shard, self.n - first), self._seed(problem, first))
+            for first in range(0, self.n, self.shard)
+            for problem in range(len(self.problems))
+        )
+
+    def _seed(self, problem: int, first: int) -> int:
+        return sampling_seed("evaluation", self.model, self.draw, self.problems[problem].id, first)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What a folder of samples says of itself, as JSON holds it; two plans are one if this is equal."""
+        stated = {
+            "format": FORMAT,
+            "model_sha256": self.model,
+            "data_sha256": self.data,
+            "problems": len(self.problems),
+            "prompts_sha256": _sha([list(prompt) for prompt in self.prompts]),
+            "n": self.n,
+            "draw": self.draw,
+            "shard": self.shard,
+            "sampling": asdict(self.sampling),
+            "seeds": 'rapo_verl.seeds.sampling_seed("evaluation", model_sha256, draw, problem id, first sample) + i',
+            "versions": self.versions,
+        }
+        return json.loads(json.dumps(stated))
+
+    @cached_property
+    def sha(self) -> str:
+        """Sha256 of the manifest; every shard carries it."""
+        return _sha(self.manifest)
+
+
+def read_problems(files: Sequence[Path], limit: int | None = None) -> tuple[tuple[Problem, ...], dict[str, str]]:
+    """Return the problems of veRL parquet files (`rapo data prepare`) and each file's sha256.
+
+    An id is the row's own; with several files the set's name stands before it. The group is the subject, or with
+    several files the set.
+
+    Args:
+        files: at least one.
+        limit: take only the first rows of each file.
+
+    Raises:
+        PlanError: a file cannot be read or has another layout, all faults at once.
+    """
+    problems: list[Problem] = []
+    faults, data = [], {}
+    for path in files:
+        try:
+            records, data[path.name] = read_records(path)
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        missing = {"prompt", "reward_model"} - records[0].keys()
+        if missing:
+            faults.append(f"{path}: lacks {', '.join(sorted(missing))}; make it with `rapo data prepare`")
+            continue
+        problems += [_problem(record, row, path, len(files) > 1) for row, record in enumerate(records[:limit])]
+    if len(data) < len(files) and not faults:
+        faults.append(f"file names must differ; got {', '.join(str(path) for path in files)}")
+    if faults:
+        raise PlanError("\n".join(faults))
+    return tuple(problems), data
+
+
+def _problem(record: dict[str, Any], row: int, path: Path, several: bool) -> Problem:
+    extra = record.get("extra_info") or {}
+    source = str(record.get("data_source") or path.stem)
+    name = str(extra.get("id") or row)
+    return Problem(
+        id=f"{source}/{name}" if several else name,
+        source=source,
+        group=source if several else str(extra.get("subject") or source),
+        gold=str(record["reward_model"]["ground_truth"]),
+        messages=tuple({key: str(turn[key]) for key in ("role", "content")} for turn in record["prompt"]),
+    )
+
+
+def model_sha256(folder: Path) -> str:
+    """Return the sha256 over names and contents of a checkpoint's weights, config and tokenizer.
+
+    Raises:
+        PlanError: the folder has no config or no weights.
+    """
+    files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+    if not (folder / "config.json").is_file() or not any(f.suffix in (".safetensors", ".bin") for f in files):
+        raise PlanError(f"{folder} is no Hugging Face checkpoint: it lacks config.json or weights")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            digest.update(f"{path.name}\n{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _sha(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,167 @@
+r"""The reward function that veRL calls, and what a trainer makes of its verdicts.
+
+1 for a right answer in the last ``\boxed{}``, else 0; two shaping terms are off unless asked for. Settings:
+``reward.custom_reward_function.reward_kwargs={verifier: {...}, shaping: {...}}``.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+from rapo_verl.reward import Verdict, VerifierSettings, shared_verifier
+from rapo_verl.reward.verdict import build_settings
+
+# Fields of veRL's extra_info that `rapo_verl.training.rollout.SeededAgentLoopWorker` adds to every response.
+RESPONSE_TOKENS, RESPONSE_LIMIT, TRUNCATED = "response_tokens", "response_limit", "truncated"
+# Failed checks below which a share of them says nothing: one in a batch of eight is 12 %.
+_MIN_FAILED = 8
+
+
+@dataclass(frozen=True)
+class ShapingSettings:
+    """What may be taken off the reward (``reward_kwargs.shaping``); all off by default."""
+
+    # Taken off a response without a box.
+    format_penalty: float = 0.0
+    # Taken off a response that fills its limit, rising linearly over the last `overlong_buffer` tokens before it
+    # (DAPO, arXiv 2503.14476, eq. 13).
+    overlong_penalty: float = 0.0
+    overlong_buffer: int = 4096
+
+    def problems(self) -> list[str]:
+        """Return every problem of the settings as one line each (empty: none)."""
+        checks = [
+            (math.isfinite(self.format_penalty) and self.format_penalty >= 0, "format_penalty", "a finite number >= 0"),
+            (
+                math.isfinite(self.overlong_penalty) and self.overlong_penalty >= 0,
+                "overlong_penalty",
+                "a finite number >= 0",
+            ),
+            (self.overlong_buffer >= 1, "overlong_buffer", ">= 1 (tokens)"),
+        ]
+        return [
+            f"shaping.{name} is {getattr(self, name)!r}; allowed: {allowed}" for ok, name, allowed in checks if not ok
+        ]
+
+
+def reward_settings(
+    verifier: Mapping[str, Any] | None = None, shaping: Mapping[str, Any] | None = None, **unknown: Any
+) -> tuple[VerifierSettings, ShapingSettings]:
+    """Return the settings in ``reward_kwargs``.
+
+    Raises:
+        ValueError: all problems found, one a line; an unknown key is one.
+    """
+    first, problems = build_settings(VerifierSettings, verifier, "verifier")
+    second, more = build_settings(ShapingSettings, shaping, "shaping")
+    problems += more + [f"unknown key {key}; allowed: verifier, shaping" for key in unknown]
+    if problems:
+        raise ValueError("\n".join(f"reward.custom_reward_function.reward_kwargs: {problem}" for problem in problems))
+    return cast(VerifierSettings, first), cast(ShapingSettings, second)
+
+
+@lru_cache(maxsize=8)
+def _settings(verifier: tuple, shaping: tuple) -> tuple[VerifierSettings, ShapingSettings]:
+    return reward_settings(dict(verifier), dict(shaping))
+
+
+async def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    verifier: Mapping[str, Any] | None = None,
+    shaping: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """Return veRL's reward record of one response (set by ``reward.custom_reward_function``).
+
+    veRL's reward loop (0.9.1 experimental/reward_loop/reward_manager/naive.py:66) awaits it for each response by
+    itself, so a slow comparison holds up no other response.
+
+    Args:
+        data_source: unused; no name of a data set changes how its answers are checked.
+        solution_str: the response, special tokens removed.
+        ground_truth: the right answer.
+        extra_info: of the row; our rollout adds the response's length in tokens, its limit, and whether it was cut off
+            there.
+        verifier: settings of `VerifierSettings` that differ from their defaults.
+        shaping: likewise of `ShapingSettings`.
+
+    Returns:
+        ``score``; ``acc`` 1.0 or 0.0, the score without shaping; ``verdict``; ``answer``, what the box held, or "";
+        ``truncated``.
+
+    Raises:
+        ValueError: the ground truth is empty, or no integer where only integers can be right; the run stops and names
+            the sample.
+    """
+    check, shape = _settings(tuple((verifier or {}).items()), tuple((shaping or {}).items()))
+    verdict, answer = await shared_verifier(check).verify_async(solution_str, ground_truth)
+    info = extra_info or {}
+    right = float(verdict is Verdict.correct)
+    return {
+        "score": right - _taken_off(verdict, info, shape),
+        "acc": right,
+        "verdict": verdict.value,
+        "answer": answer or "",
+        "truncated": bool(info.get(TRUNCATED, False)),
+    }
+
+
+async def compute_integer_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any] | None = None, **_: Any
+) -> dict[str, Any]:
+    """Return `compute_score` where every answer is an integer: no process is started, no other box is ever right."""
+    return await compute_score(data_source, solution_str, ground_truth, extra_info, verifier={"strictness": "integer"})
+
+
+def _taken_off(verdict: Verdict, info: Mapping[str, Any], shape: ShapingSettings) -> float:
+    penalty = shape.format_penalty if verdict is Verdict.no_box else 0.0
+    if shape.overlong_penalty > 0:
+        if RESPONSE_TOKENS not in info:
+            raise ValueError(
+                "shaping.overlong_penalty needs the response's length in tokens, which actor_rollout_ref.rollout.agent."
+                "agent_loop_manager_class=rapo_verl.training.rollout.SeededAgentLoopManager gives; set that, or"
+                " overlong_penalty=0"
+            )
+        beyond = info[RESPONSE_TOKENS] - (info[RESPONSE_LIMIT] - shape.overlong_buffer)
+        penalty += shape.overlong_penalty * min(max(beyond / shape.overlong_buffer, 0.0), 1.0)
+    return penalty
+
+
+class VerifierFailingError(RuntimeError):
+    """So many checks ran into their limits that rewards would no longer say what is right."""
+
+
+def verdict_metrics(records: Iterable[Mapping[str, Any]], *, max_failed_share: float) -> dict[str, float]:
+    """Return the counts of a batch's verdicts as metrics ``rapo/verifier/*``; empty if another function rewarded it.
+
+    Args:
+        records: `compute_score`'s return of each response.
+        max_failed_share: share of timeouts and errors, in [0, 1], above which the run is stopped.
+
+    Raises:
+        VerifierFailingError: more than that share, and `_MIN_FAILED` or more responses.
+    """
+    records = [record for record in records if "verdict" in record]
+    if not records:
+        return {}
+    counts = Counter(record["verdict"] for record in records)
+    failed = counts[Verdict.timeout.value] + counts[Verdict.error.value]
+    if failed >= _MIN_FAILED and failed > max_failed_share * len(records):
+        examples = [r["answer"][:80] for r in records if r["verdict"] in (Verdict.timeout, Verdict.error)]
+        raise VerifierFailingError(
+            f"{counts[Verdict.timeout.value]} of {len(records)} answers ran into the verifier's deadline and "
+            f"{counts[Verdict.error.value]} into its memory limit or a dead process, more than the allowed share of "
+            f"{max_failed_share}; each would be rewarded 0. First ones: {examples[:3]!r}. If the machine is "
+            "overloaded, raise +reward.custom_reward_function.reward_kwargs.verifier.deadline_s (or .memory_mb); if "
+            "the policy writes such answers, raise +trainer.v1.sampler.sampler_kwargs.max_failed_share"
+        )
+    metrics = {f"rapo/verifier/{verdict.value}": float(counts[verdict.value]) for verdict in Verdict}
+    metrics["rapo/verifier/truncated"] = float(sum(record["truncated"] for record in records))
+    return metrics

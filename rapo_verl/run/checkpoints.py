@@ -1,0 +1,267 @@
+"""Checkpoints that are complete or absent, and the choice of the one that a run goes on from.
+
+veRL writes its files in place and its tracker before we can know that all are there. A manifest, written last by one
+rename, says what a complete checkpoint consists of; a folder without one was never finished.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig
+
+from rapo_verl import Refused
+from rapo_verl.run.files import write_atomic
+
+# In a run's folder.
+MANIFEST = "manifest.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+ASIDE = ".incomplete"
+
+
+class CheckpointError(Refused):
+    """There is no checkpoint that this run may go on from, and starting again silently would lose one."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder ``global_step_<step>``."""
+
+    step: int
+    folder: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every file is there, in its size."""
+        return not self.problems
+
+    @property
+    def size(self) -> int:
+        """Return the size on disk in bytes."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+def identity(config: DictConfig) -> dict[str, str]:
+    """Return what a checkpoint must share with the run that goes on from it: model, data and layout of the world."""
+    model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
+    description = Path(model.path) / "config.json"
+    model_hash = f" {_sha256(description)[:16]}" if description.is_file() else ""
+    files = config.data.train_files
+    data = [str(file) for file in (files if isinstance(files, list | ListConfig) else [files])]
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    layout = f"{ranks} ranks, {actor.strategy}"
+    if actor.strategy == "megatron":
+        sizes = ("tensor", "pipeline", "context")
+        layout += "".join(f" {size[0]}p{actor.megatron[f'{size}_model_parallel_size']}" for size in sizes[:2])
+        layout += f" cp{actor.megatron.context_parallel_size}"
+        if actor.megatron.dist_ckpt_optim_fully_reshardable and "extra" not in actor.checkpoint.load_contents:
+            layout = "megatron, any layout"  # what is loaded belongs to none
+    return {
+        "model": f"{model.path}{model_hash}",
+        "data": " ".join(f"{Path(file).name} {_sha256(Path(file))[:16]}" for file in data),
+        "world": layout,
+    }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def finish(folder: Path, step: int, facts: dict[str, Any]) -> None:
+    """Flush every file of a checkpoint to disk, then write its manifest: from here on it counts.
+
+    Args:
+        folder: ``global_step_<step>``, all its files written.
+        step: steps that the checkpoint has behind it.
+        facts: `identity` and whatever else is worth keeping with it.
+    """
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    write_atomic(folder / MANIFEST, json.dumps({"step": step, "time": time.time(), **facts, "files": sizes}, indent=1))
+
+
+def read_checkpoints(root: Path) -> list[Checkpoint]:
+    """Return the checkpoints below ``root``, oldest first."""
+    found = []
+    for folder in root.glob("global_step_*"):
+        match = re.fullmatch(r"global_step_(\d+)", folder.name)
+        if match and folder.is_dir():
+            found.append(_read(int(match[1]), folder))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def _read(step: int, folder: Path) -> Checkpoint:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return Checkpoint(step, folder, problems=("no manifest: its saving was never finished",))
+    except ValueError as error:
+        return Checkpoint(step, folder, problems=(f"{MANIFEST}: {error}",))
+    problems = []
+    for name, size in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            problems.append(f"{name} has {path.stat().st_size} bytes of {size}")
+    ranks = re.match(r"\d+", manifest.get("world", ""))
+    shards = [name for name in manifest["files"] if re.fullmatch(r"actor/model_world_size_\d+_rank_\d+\.pt", name)]
+    if ranks and shards and len(shards) != int(ranks[0]):
+        problems.append(
+            f"{len(shards)} shards of {ranks[0]} ranks: is the folder on a filesystem that every node sees?"
+        )
+    return Checkpoint(step, folder, manifest, tuple(problems))
+
+
+def damage(checkpoint: Checkpoint) -> list[str]:
+    """Return what reading every byte finds wrong: the checksums inside torch's and numpy's files, and all sizes."""
+    found = list(checkpoint.problems)
+    for path in sorted(checkpoint.folder.rglob("*.pt")):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+        except zipfile.BadZipFile as error:
+            bad = str(error)
+        if bad:
+            found.append(f"{path.relative_to(checkpoint.folder)} is damaged ({bad})")
+    return found
+
+
+def choose(root: Path, wanted: dict[str, str]) -> tuple[int, list[str]]:
+    """Make veRL's tracker name the newest complete checkpoint, and set aside what is newer and incomplete.
+
+    Args:
+        root: folder of the checkpoints.
+        wanted: `identity` of the run.
+
+    Returns:
+        The step that the run goes on from, 0 for a start, and what there is to say about it.
+
+    Raises:
+        CheckpointError: the tracker names a missing folder, the checkpoint is another run's, others can write it, or
+            none is whole although there were some.
+    """
+    found, tracker = read_checkpoints(root), root / TRACKER
+    named = tracker.read_text().strip() if tracker.exists() else ""
+    steps = {checkpoint.step for checkpoint in found}
+    if named.isdigit() and int(named) not in steps and not (root / f"global_step_{named}{ASIDE}").exists():
+        raise CheckpointError(
+            f"{tracker} names step {named}, but {root}/global_step_{named} is gone. Put it back; or write the step to "
+            f"go on from into the tracker ({_list(found)} are complete); or delete the tracker to start again"
+        )
+    whole = [checkpoint for checkpoint in found if checkpoint.complete]
+    if not whole and any(checkpoint.manifest for checkpoint in found):
+        raise CheckpointError(
+            f"no checkpoint in {root} is whole: "
+            + "; ".join(f"{c.folder.name}: {', '.join(c.problems[:3])}" for c in found)
+            + ". Restore the files, or move the folders away to start again"
+        )
+    said = []
+    if whole:
+        chosen = whole[-1]
+        check(chosen, wanted)
+        if named != str(chosen.step):
+            write_atomic(tracker, str(chosen.step))
+            said.append(f"the tracker named step {named or '(none)'}; the newest complete checkpoint is {chosen.step}")
+    elif tracker.exists():
+        tracker.unlink()
+    for checkpoint in found:
+        if not checkpoint.complete and (not whole or checkpoint.step > whole[-1].step):
+            aside = checkpoint.folder.with_name(checkpoint.folder.name + ASIDE)
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.folder.rename(aside)
+            said.append(f"set aside as {aside.name}: {checkpoint.problems[0]}")
+    if found and not whole:
+        said.append("no checkpoint was ever finished: starting from the first step")
+    return (whole[-1].step if whole else 0), said
+
+
+def resume_point(config: DictConfig) -> tuple[int, list[str]]:
+    """Return the step that a run goes on from (0: from the start) and what there is to say about it.
+
+    Raises:
+        CheckpointError: there is a checkpoint, but the run may not go on from it.
+    """
+    trainer = config.trainer
+    if trainer.resume_mode == "disable":
+        return 0, []
+    wanted = identity(config)
+    if trainer.resume_mode == "auto":
+        return choose(Path(trainer.default_local_dir), wanted)
+    folder = Path(trainer.resume_from_path)
+    for checkpoint in read_checkpoints(folder.parent):
+        if checkpoint.folder == folder:
+            check(checkpoint, wanted)
+            return checkpoint.step, []
+    raise CheckpointError(f"trainer.resume_from_path: there is no checkpoint {folder}")
+
+
+def check(checkpoint: Checkpoint, wanted: dict[str, str]) -> None:
+    """Refuse a checkpoint that is not whole, not this run's, or not safe to load.
+
+    Raises:
+        CheckpointError: with everything that is wrong.
+    """
+    wrong = list(checkpoint.problems)
+    for key, value in wanted.items():
+        if not wrong and checkpoint.manifest.get(key) != value:
+            wrong.append(f"its {key} is {checkpoint.manifest.get(key)}, this run's is {value}")
+    # Its files are pickles: whoever can write them runs code as the user who loads them.
+    for path in (checkpoint.folder.parent, checkpoint.folder, *checkpoint.folder.rglob("*")):
+        if path.lstat().st_mode & 0o022 and not path.is_symlink():
+            wrong.append(
+                f"others can write {path}, whose pickles run as code: chmod -R go-w {checkpoint.folder.parent}"
+            )
+            break
+    if wrong:
+        raise CheckpointError(f"cannot go on from {checkpoint.folder}: " + "; ".join(wrong))
+
+
+def need_room(root: Path) -> None:
+    """Refuse to begin a save that would fill the disk: as large as the last one.
+
+    Raises:
+        CheckpointError: with what is free and what is needed.
+    """
+    whole = [checkpoint for checkpoint in read_checkpoints(root) if checkpoint.complete]
+    if not whole:
+        return
+    free = shutil.disk_usage(root).free
+    if free < whole[-1].size:
+        raise CheckpointError(
+            f"No space left for a checkpoint: {root} has {free >> 20} MiB free, the last one took "
+            f"{whole[-1].size >> 20} MiB. Step {whole[-1].step} is saved and whole. Make room, or lower "
+            "trainer.max_actor_ckpt_to_keep, and start again"
+        )
+
+
+def retain(root: Path, keep: int | None, never: int) -> list[int]:
+    """Remove the oldest complete checkpoints on disk beyond ``keep``, but not step ``never``; return their steps.
+
+    Counts what is on disk, whoever saved it: veRL counts this process's saves only, and removes before saving.
+    """
+    whole = [checkpoint for checkpoint in read_checkpoints(root) if checkpoint.complete]
+    gone = [checkpoint for checkpoint in whole[: -keep if keep else None] if keep and checkpoint.step != never]
+    for checkpoint in gone:
+        # By one rename first, so that half a folder is never taken for a checkpoint.
+        doomed = checkpoint.folder.with_name(f".{checkpoint.folder.name}.removed")
+        checkpoint.folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return [checkpoint.step for checkpoint in gone]
+
+
+def _list(found: list[Checkpoint]) -> str:
+    return ", ".join(str(checkpoint.step) for checkpoint in found if checkpoint.complete) or "none"

@@ -1,0 +1,77 @@
+"""From a command line to the resolved config of a run: veRL's config, ours on top, one experiment, overrides."""
+
+import importlib.util
+from dataclasses import fields
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from rapo_verl.method.config import RapoConfig
+
+PARENT = "rapo"
+
+
+def recipe_dir() -> Path:
+    """Return the folder of the recipes.
+
+    Raises:
+        FileNotFoundError: the package was installed without its clone.
+    """
+    folder = Path(__file__).resolve().parents[2] / "recipe"
+    if not (folder / f"{PARENT}.yaml").is_file():
+        raise FileNotFoundError(
+            f"no recipes at {folder}: install from a clone with `pip install --no-deps -e .`, which keeps recipe/ "
+            "beside rapo_verl/"
+        )
+    return folder
+
+
+def experiments() -> list[str]:
+    """Return the names that ``experiment=`` takes."""
+    return sorted(path.stem for path in (recipe_dir() / "experiment").glob("*.yaml"))
+
+
+def compose_config(overrides: list[str]) -> DictConfig:
+    """Return the resolved config of a run, its paths absolute.
+
+    Args:
+        overrides: Hydra overrides as typed (``experiment=toy_rapo_cpu trainer.total_training_steps=3``).
+
+    Raises:
+        hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException: an unknown key, value or experiment.
+    """
+    # Looked up without importing verl, which takes seconds.
+    spec = importlib.util.find_spec("verl")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("veRL is not installed; run `make install`, then `rapo doctor`")
+    verl_config = Path(spec.origin).parent / "trainer" / "config"
+    ConfigStore.instance().store(group="rapo", name="schema", node=_schema())
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(recipe_dir()), version_base=None, job_name="rapo"):
+        config = compose(PARENT, [*overrides, f"hydra.searchpath=[file://{verl_config}]"], return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        choice = config.hydra.runtime.choices.get("experiment")
+    with open_dict(config):
+        del config["hydra"]
+        if OmegaConf.is_missing(config, "run_dir"):
+            config.run_dir = f"runs/{choice or 'rapo'}"
+        config.recipe_dir = str(recipe_dir())
+        for key in ("run_dir", "toy_dir", "data_dir"):
+            if key in config:
+                config[key] = str(Path(config[key]).absolute())
+        if config.trainer.experiment_name == "gsm8k":  # veRL's default
+            config.trainer.experiment_name = choice or "rapo"
+    OmegaConf.resolve(config)
+    return config
+
+
+def _schema() -> DictConfig:
+    """Return `RapoConfig` as a typed node that experiments may still change: OmegaConf freezes frozen dataclasses."""
+    schema = OmegaConf.structured(RapoConfig)
+    for node in (schema, *(schema[f.name] for f in fields(RapoConfig))):
+        OmegaConf.set_readonly(node, False)
+    return schema

@@ -1,0 +1,133 @@
+"""``rapo doctor``: what is installed, which platform this is, what is wrong and how to mend it."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+# Exact versions that run together: (cpu, gpu); the gpu ones are veRL 0.9.1's own pins.
+VERSIONS = {
+    "verl": ("0.9.1", "0.9.1"),
+    "torch": ("2.13.0", "2.11.0"),
+    "transformers": ("5.9.0", "5.9.0"),
+    "vllm": ("0.28.0", "0.24.0"),
+    "tensordict": ("0.10.0", None),
+    "TransferQueue": ("0.1.11", None),
+    "math-verify": ("0.9.0", "0.9.0"),
+}
+# Ray before this has no token authentication.
+MIN_RAY = (2, 52)
+MIN_MEMORY, MIN_SHM, MIN_DISK = 12 << 30, 256 << 20, 5 << 30
+INSTALL = "install the lock: make install (CPU), or veRL's container image and `pip install --no-deps -e .` (GPU)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: what it is, what was found, and how to mend it where it is wrong."""
+
+    what: str
+    found: str
+    ok: bool = True
+    mend: str = ""
+
+
+def examine() -> list[Finding]:
+    """Return everything that `rapo doctor` looks at on this machine; starts neither Ray nor a model."""
+    cpu = not _has_gpu()
+    return [
+        Finding("platform", "cpu" if cpu else "cuda"),
+        _python(),
+        *(_version(name, pins[0 if cpu else 1]) for name, pins in VERSIONS.items()),
+        _ray(),
+        _plugin(),
+        _recipes(),
+        *_resources(),
+    ]
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _python() -> Finding:
+    found = sys.version.split()[0]
+    return Finding("python", found, (3, 10) <= sys.version_info[:2] < (3, 13), "veRL 0.9.1 runs on Python 3.10 to 3.12")
+
+
+def _version(name: str, pin: str | None) -> Finding:
+    found = None
+    for distribution in (name, f"{name}-cpu"):
+        try:
+            found = importlib.metadata.version(distribution)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if found is None:
+        return Finding(name, "missing", False, INSTALL)
+    same = pin is None or found.split("+")[0] == pin
+    return Finding(name, found, same, f"this project is tested with {pin}: {INSTALL}")
+
+
+def _ray() -> Finding:
+    found = importlib.metadata.version("ray")
+    version = tuple(int(part) for part in found.split(".")[:2])
+    return Finding("ray", found, version >= MIN_RAY, f"ray >= {'.'.join(map(str, MIN_RAY))} has token authentication")
+
+
+def _plugin() -> Finding:
+    """Look at our plugin as a process of a run does: a failing one must be loud here, since veRL drops it silently."""
+    code = (
+        "import verl; from verl.plugin.platform.platform_manager import PlatformRegistry as P; "
+        "import sys; sys.exit(0 if 'cpu' in P.registered_names() else 3)"
+    )
+    env = {**os.environ, "VERL_USE_EXTERNAL_MODULES": "rapo_verl.training.plugin"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    if done.returncode == 0:
+        return Finding("verl plugin", "loads, cpu platform registered")
+    lines = done.stderr.strip().splitlines()
+    found = lines[-1] if lines else f"exit code {done.returncode}"
+    return Finding("verl plugin", found, False, "pip install --no-deps -e .")
+
+
+def _recipes() -> Finding:
+    from rapo_verl.run.compose import experiments
+
+    try:
+        names = experiments()
+    except FileNotFoundError as error:
+        return Finding("recipes", "missing", False, str(error))
+    return Finding("recipes", f"{len(names)} experiments")
+
+
+def _resources() -> list[Finding]:
+    memory = psutil.virtual_memory().available
+    disk = shutil.disk_usage(Path.cwd()).free
+    shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
+    return [
+        Finding("cores", str(len(os.sched_getaffinity(0)))),
+        Finding("free memory", _gib(memory), memory >= MIN_MEMORY, f"the demo wants {_gib(MIN_MEMORY)}"),
+        Finding("free /dev/shm", _gib(shm), shm >= MIN_SHM, "weights and Ray's objects travel through it: enlarge it"),
+        Finding("free disk here", _gib(disk), disk >= MIN_DISK, "checkpoints need room"),
+    ]
+
+
+def _gib(count: int) -> str:
+    return f"{count / (1 << 30):.1f} GiB"
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """Print a table, what is wrong last and with how to mend it."""
+    table = Table("", "what", "found", "to mend")
+    for finding in sorted(findings, key=lambda finding: not finding.ok):
+        mark, mend = ("ok", "") if finding.ok else ("[red]WRONG[/red]", finding.mend)
+        table.add_row(mark, finding.what, finding.found, mend)
+    Console().print(table)

@@ -1,0 +1,50 @@
+"""What a run and those who look at it agree on: file names, environment variables, exit codes."""
+
+# Files of a run's folder.
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+LOG_FILE = "train.log"
+FAILURE_FILE = "reward_failure.txt"
+WANDB_FILE = "wandb_run_id.txt"
+STACKS_DIR = "stacks"
+METRICS_DIR = "metrics"
+CHECKPOINTS_DIR = "checkpoints"
+BAD_BATCHES_DIR = "bad_batches"
+# Made by the trainer when it has saved before its last step.
+STOPPED_FILE = "stopped.txt"
+# Make it, and the run saves after its step and ends with SAVED; slurm/launch.sh names one of its own.
+STOP_FILE = "stop"
+# Made in a job's shared folder by a run that makes no step: every node's agent writes the stacks of its processes.
+DUMP_FILE = "dump_stacks"
+
+# Environment variables: the run's folder; the step that it goes on from; the stop file; the Unix time at which the job
+# is ended, in seconds; the job's shared folder.
+RUN_DIR_VARIABLE = "RAPO_RUN_DIR"
+RESUME_VARIABLE = "RAPO_RESUME_STEP"
+STOP_FILE_VARIABLE = "RAPO_STOP_FILE"
+DEADLINE_VARIABLE = "RAPO_DEADLINE"
+STATE_VARIABLE = "RAPO_STATE"
+# What every process of a run, on every node, must see.
+PROCESS_VARIABLES = (
+    "VERL_PLATFORM",
+    "VERL_USE_EXTERNAL_MODULES",
+    RUN_DIR_VARIABLE,
+    RESUME_VARIABLE,
+    STOP_FILE_VARIABLE,
+    DEADLINE_VARIABLE,
+    "WANDB_RUN_ID",
+    "WANDB_RESUME",
+    "VERL_FILE_LOGGER_PATH",
+    "TENSORBOARD_DIR",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "OMP_NUM_THREADS",
+)
+
+# Exit codes. REFUSED: input, config or environment that it would fail on, nothing was started. SAVED: start it again
+# (sysexits.h: EX_TEMPFAIL). STALLED: no step for `survival.stall_minutes`.
+DONE, FAILED, REFUSED, SAVED, STALLED, INTERRUPTED = 0, 1, 2, 75, 99, 130
+# Of a job on a cluster, beside those. 98, a node that does not see the folder, is slurm/launch.sh's own.
+HEAD_FAILED, MISSING, HEAD_GONE, WORKER_FAILED, RAYLET_DIED = 90, 91, 92, 93, 94
+NO_VERDICT, PREFLIGHT, NODE_LOST = 95, 96, 97
+REQUEUED = (SAVED, NODE_LOST)

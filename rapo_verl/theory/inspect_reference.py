@@ -1,0 +1,203 @@
+"""What reweighting does to a given reference model: `rapo inspect-reference MODEL --prompts FILE`.
+
+Responses are sampled from the model at the rollout's temperature; at each of their tokens the whole next-token
+distribution p is reweighted at several phi, by each normalised reading, and compared with p.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from rapo_verl import Refused
+from rapo_verl.data.layouts import DataError, read_records
+from rapo_verl.data.prepare import render
+from rapo_verl.method.reweighting import nucleus
+from rapo_verl.report.figures import STYLE, image
+from rapo_verl.run.files import write_atomic
+
+PHIS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3)
+COLOURS = {"token": "#d55e00", "nucleus": "#0072b2"}
+
+
+@dataclass(frozen=True)
+class Reweighted:
+    """Means over tokens of one reading at one phi; nats, and shares of one.
+
+    Attributes:
+        reading: "token" or "nucleus".
+        phi: the power.
+        outside: mass outside the reference's top k.
+        kl: KL(reweighted ‖ untempered).
+        entropy: of the reweighted reference.
+        top1: probability of the untempered reference's most likely token.
+    """
+
+    reading: str
+    phi: float
+    outside: float
+    kl: float
+    entropy: float
+    top1: float
+
+
+def measure(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float) -> list[Reweighted]:
+    """Return what each normalised reading makes of next-token distributions, by phi.
+
+    Args:
+        logits: shape (tokens, vocabulary), float.
+        temperature: of the rollout.
+        top_k: tokens that `outside` leaves out, and the nucleus's largest size.
+        top_p: of the nucleus.
+
+    Raises:
+        Refused: top_k above the vocabulary.
+    """
+    if not 1 <= top_k <= logits.shape[1]:
+        raise Refused(f"top_k is {top_k}; allowed: 1 to the vocabulary's {logits.shape[1]} tokens")
+    log_p = torch.log_softmax(logits.float() / temperature, -1)
+    top = log_p.topk(top_k, -1)
+    inside = nucleus(top.values, top_p)
+    outside = torch.ones_like(log_p, dtype=torch.bool).scatter_(1, top.indices, False)
+    found = []
+    for reading in COLOURS:
+        for phi in PHIS:
+            log_q = torch.log_softmax(phi * log_p, -1)
+            if reading == "nucleus":
+                flat, off = phi * top.values, ~inside
+                shift = (flat.masked_fill(off, -math.inf).logsumexp(1) -
+                         top.values.masked_fill(off, -math.inf).logsumexp(1))[:, None]  # fmt: skip
+                log_q = log_p.scatter(1, top.indices, torch.where(inside, flat - shift, top.values))
+            q = log_q.exp()
+            values = (
+                (q * outside).sum(1),
+                (q * (log_q - log_p)).sum(1),
+                -(q * log_q).sum(1),
+                q.gather(1, top.indices[:, :1]),
+            )
+            found.append(Reweighted(reading, phi, *(float(x.mean()) for x in values)))
+    return found
+
+
+def average(parts: list[tuple[int, list[Reweighted]]]) -> list[Reweighted]:
+    """Return the means over all tokens from those of parts, each with its number of tokens."""
+    total = sum(count for count, _ in parts)
+
+    def mean(same: tuple[Reweighted, ...], name: str) -> float:
+        return sum(count * getattr(x, name) for (count, _), x in zip(parts, same)) / total
+
+    return [
+        Reweighted(x[0].reading, x[0].phi, *(mean(x, name) for name in ("outside", "kl", "entropy", "top1")))
+        for x in zip(*(found for _, found in parts))
+    ]
+
+
+def response_logits(model: Any, tokenizer: Any, prompt: str, *, tokens: int, temperature: float) -> torch.Tensor:
+    """Return the logits at each token of a sampled response up to its end, shape (response, vocabulary), fp32."""
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+    # top_k=0, top_p=1: the checkpoint's own generation settings are not the rollout's.
+    out = model.generate(
+        **ids, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=tokens,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    return torch.stack([step[0].float().cpu() for step in out.logits])
+
+
+def inspect_reference(
+    model: str,
+    prompts: Path,
+    out: Path,
+    *,
+    rows: int,
+    tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> None:
+    """Sample, measure, print the table, and write ``reference.json``, ``reference.png`` and ``reference.svg``.
+
+    Args:
+        model: checkpoint folder or hub id.
+        prompts: veRL parquet (or any file of records with a chat ``prompt``).
+        out: folder for the results.
+        rows: prompts to take, from the first.
+        tokens: longest response.
+        temperature: of the rollout, > 0.
+        top_k: as in `measure`.
+        top_p: as in `measure`.
+        seed: of the sampling.
+
+    Raises:
+        DataError: a file without prompts.
+        OSError: a model that is not there.
+        Refused: top_k, top_p or temperature outside their ranges.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not temperature > 0:
+        raise Refused(f"temperature is {temperature}; allowed: > 0")
+    records, _ = read_records(prompts)
+    if "prompt" not in records[0] or isinstance(records[0]["prompt"], str):
+        raise DataError(f"{prompts}: no chat prompts; make veRL's layout of it with `rapo data prepare {prompts}`")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    torch.manual_seed(seed)
+    texts = [render(list(record["prompt"]), tokenizer) for record in records[:rows]]
+    parts = []
+    for text in texts:  # one at a time: a language model's logits are 0.6 MB a token
+        logits = response_logits(loaded, tokenizer, text, tokens=tokens, temperature=temperature)
+        parts.append((len(logits), measure(logits, temperature=temperature, top_k=top_k, top_p=top_p)))
+    found, count = average(parts), sum(count for count, _ in parts)
+    what = f"{Path(model).name}: {len(texts)} prompts, {count} response tokens, T = {temperature}, seed {seed}"
+    Console().print(_table(found, what, top_k, top_p))
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"model": model, "prompts": str(prompts), "rows": len(texts), "tokens": count, "seed": seed}
+    settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    write_atomic(out / "reference.json", json.dumps(settings | {"results": [asdict(x) for x in found]}, indent=1))
+    figure = reference_figure(found, what, top_k, top_p)
+    for kind in ("png", "svg"):
+        write_atomic(out / f"reference.{kind}", image(figure, kind))
+
+
+def _table(found: list[Reweighted], title: str, top_k: int, top_p: float) -> Table:
+    table = Table(title=title, caption=f"nucleus: top_p = {top_p} within top_k = {top_k}; KL and entropy in nats")
+    for name in ("reading", "phi", f"mass outside top {top_k}", "KL to untempered", "entropy", "p of its first token"):
+        table.add_column(name, justify="left" if name == "reading" else "right")
+    for x in found:
+        table.add_row(x.reading, f"{x.phi:g}", *(f"{max(v, 0):.4f}" for v in (x.outside, x.kl, x.entropy, x.top1)))
+    return table
+
+
+def reference_figure(found: list[Reweighted], title: str, top_k: int, top_p: float) -> Figure:
+    """Return mass outside the top k and KL to the untempered reference over phi, a line for each reading."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.4, 3.6), layout="constrained")
+        figure.suptitle(title, fontsize=9.5, x=0.01, ha="left")
+        for axis, name, words in zip(
+            figure.subplots(1, 2),
+            ("outside", "kl"),
+            (f"mass outside the top {top_k}", "KL(reweighted ‖ untempered), nats"),
+        ):
+            for reading, colour in COLOURS.items():
+                mine = [x for x in found if x.reading == reading]
+                label = reading if reading == "token" else f"nucleus (top_p = {top_p})"
+                axis.plot(
+                    [x.phi for x in mine], [getattr(x, name) for x in mine], "o-", ms=3.5, color=colour, label=label
+                )
+            axis.set_title(words)
+            axis.set_xlabel("phi")
+            axis.invert_xaxis()
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")  # the style has no mathematics, which the default would be
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-6))  # phi = 1 leaves rounding
+            axis.legend()
+    return figure

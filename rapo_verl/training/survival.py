@@ -1,0 +1,128 @@
+"""What every trainer of ours does beside training: complete checkpoints, a stop in time, no step on NaN.
+
+Applied to veRL's own trainer (``trainer_mode=sync``) and to RAPO's; it changes no number.
+"""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import transfer_queue as tq
+from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+from rapo_verl.run.checkpoints import CheckpointError, finish, identity, need_room, retain
+from rapo_verl.run.files import write_atomic
+from rapo_verl.run.inspect import FIELDS, non_finite_rows
+from rapo_verl.run.names import RESUME_VARIABLE, STOPPED_FILE
+from rapo_verl.run.stopping import Stopping
+from rapo_verl.training import guards
+from rapo_verl.training.liveness import actors_watched
+
+logger = logging.getLogger(__name__)
+
+
+class SafeTrainerMixin(PPOTrainer):
+    """Stands before any of veRL's v1 trainers in the order of classes."""
+
+    total_training_steps: int
+
+    def __init__(self, config: DictConfig):
+        # veRL's retention (utils/checkpoint/checkpoint_manager.py:166) removes before it saves, and counts only what
+        # this process saved; ours (`retain`) takes its setting.
+        self._keep = config.trainer.get("max_actor_ckpt_to_keep")
+        with open_dict(config):
+            config.trainer.max_actor_ckpt_to_keep = config.trainer.max_critic_ckpt_to_keep = None
+        self._stopping = Stopping.from_environment()
+        self._saved_step = self._resumed_step = 0
+        self._step_started = 0.0
+        super().__init__(config)
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        """Train as veRL does; the run ends when one of its actors has died."""
+        with actors_watched():
+            super().fit(agent_loop_manager)
+
+    def _load_checkpoint(self) -> None:
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:850 trains from scratch where its tracker names a missing folder.
+        super()._load_checkpoint()
+        self._saved_step = self._resumed_step = self.global_steps
+        expected = int(os.environ.get(RESUME_VARIABLE) or self.global_steps)
+        if self.global_steps != expected:
+            raise CheckpointError(
+                f"the run is to go on from step {expected}, but this node loaded step {self.global_steps} from "
+                f"{self.config.trainer.default_local_dir}: is that folder on a filesystem that every node sees?"
+            )
+
+    def _save_checkpoint(self) -> None:
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:948: its files are complete once this returns, and not before.
+        started = time.monotonic()
+        root = Path(self.config.trainer.default_local_dir)
+        need_room(root)
+        super()._save_checkpoint()
+        facts = {
+            **identity(self.config),
+            "rapo": OmegaConf.to_container(self.config.rapo),
+            "wandb_run_id": os.environ.get("WANDB_RUN_ID"),
+        }
+        finish(root / f"global_step_{self.global_steps}", self.global_steps, facts)
+        for step in retain(root, self._keep, never=self._resumed_step):
+            logger.info("removed the checkpoint of step %d", step)
+        self._saved_step = self.global_steps
+        self._stopping.note(save=time.monotonic() - started)
+
+    def on_step_begin(self) -> None:
+        """Start the clock of the step."""
+        self._step_started = time.monotonic()
+        super().on_step_begin()
+
+    def on_step_end(self) -> None:
+        """Save and make this step the last one if the run is to stop."""
+        self._stopping.note(step=time.monotonic() - self._step_started)
+        reason = self._stopping.reason()
+        if reason and self.global_steps < self.total_training_steps:
+            # Before veRL wakes its inference engines: they take the memory that saving needs.
+            if self._saved_step != self.global_steps:
+                self._save_checkpoint()
+            self.total_training_steps = self.global_steps  # read by veRL's loop only (trainer_base.py:450)
+            write_atomic(Path(self.config.run_dir) / STOPPED_FILE, f"step {self.global_steps}: {reason}\n")
+            logger.warning("saved step %d and stopping: %s", self.global_steps, reason)
+        super().on_step_end()
+
+    def _compute_ref_log_prob(self, batch: Any, metrics: dict) -> Any:
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1695: the first to read a reward, of which RAPO makes phi.
+        self._refuse_non_finite(batch, ("rm_scores",))
+        return super()._compute_ref_log_prob(batch, metrics)
+
+    def _update_actor(self, batch: Any, metrics: dict) -> Any:
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1827: the last moment before the optimizer steps.
+        self._refuse_non_finite(batch, FIELDS)
+        batch = super()._update_actor(batch, metrics)
+        # FSDP leaves out a step on a non-finite norm and goes on (workers/engine/fsdp/transformer_impl.py:823); our
+        # Megatron engine raises before it (rapo_verl/training/megatron.py). Nothing of such a step is saved.
+        bad = guards.non_finite_metrics(metrics)
+        if bad:
+            self._stop_on(batch, f"after the update, {', '.join(bad)}")
+        return batch
+
+    def _refuse_non_finite(self, batch: Any, fields: tuple[str, ...]) -> None:
+        data = self._fetch(batch, (*fields, "response_mask"))
+        mask = data.pop("response_mask")
+        bad = non_finite_rows(data, mask)
+        if bad:
+            what = ", ".join(f"{name} in {len(rows)} of {mask.shape[0]} responses" for name, rows in bad.items())
+            self._stop_on(batch, f"before the update, NaN or infinity in {what}")
+
+    def _fetch(self, batch: Any, names: tuple[str, ...]) -> dict:
+        # Fields that this run does not have are left out by the queue; veRL asks for "values" in the same way.
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(names))
+        return dict(data.to_padded_tensor().items())
+
+    def _stop_on(self, batch: Any, why: str) -> None:
+        data = self._fetch(batch, (*guards.CONTEXT, *FIELDS))
+        path = guards.dump_batch(Path(self.config.run_dir), self.global_steps, data, why)
+        raise guards.NonFiniteError(
+            f"step {self.global_steps}: {why}. Nothing of this step is saved. Look at it: rapo inspect-batch {path}"
+        )

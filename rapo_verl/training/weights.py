@@ -1,0 +1,52 @@
+"""The socket over which a trainer hands its weights to vLLM: one per run, not one per machine.
+
+verl 0.9.1 names it by Ray's job id (workers/rollout/vllm_rollout/vllm_rollout.py:141, utils.py:416), which counts from
+1 in every Ray cluster. Two runs on one machine, each with its own cluster, then share the path: the weights of one may
+go to the other's vLLM, or one waits for ever (seen with two toy runs side by side). Both ends here add the run folder.
+"""
+
+import hashlib
+import os
+from typing import Any
+
+from verl.workers.rollout.vllm_rollout import ServerAdapter
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+from rapo_verl.run.names import RUN_DIR_VARIABLE
+
+VERL_PREFIX = "ipc:///tmp/rl-colocate-zmq-"
+
+
+def socket_of_run(handle: str) -> str:
+    """Return veRL's socket path with a mark of this run's folder in it.
+
+    Args:
+        handle: veRL's path, ``ipc:///tmp/rl-colocate-zmq-<job>-replica-<r>-rank-<k>.sock``.
+
+    Raises:
+        RuntimeError: veRL names its socket otherwise, or this process belongs to no run: the two ends would not meet.
+    """
+    run_dir = os.environ.get(RUN_DIR_VARIABLE)
+    if not handle.startswith(VERL_PREFIX) or not run_dir:
+        raise RuntimeError(
+            f"cannot name the weight socket: veRL's is {handle!r} (expected {VERL_PREFIX}...), {RUN_DIR_VARIABLE} is "
+            f"{run_dir!r}; start runs with `rapo train`, and see `rapo doctor` for veRL's version"
+        )
+    return f"{VERL_PREFIX}{hashlib.sha256(run_dir.encode()).hexdigest()[:12]}-{handle.removeprefix(VERL_PREFIX)}"
+
+
+class RunServerAdapter(ServerAdapter):
+    """The trainer's end, in veRL's registry of rollouts (`rapo_verl.training.plugin`)."""
+
+    zmq_handle: str
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.zmq_handle = socket_of_run(self.zmq_handle)
+
+
+class RunWorkerExtension(vLLMColocateWorkerExtension):
+    """vLLM's end, set by ``rollout.engine_kwargs.vllm.worker_extension_cls``."""
+
+    def _get_zmq_handle(self) -> str:
+        return socket_of_run(super()._get_zmq_handle())
