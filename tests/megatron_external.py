@@ -11,8 +11,6 @@ from typing import Any
 import megatron_cpu
 from verl.workers.engine import MegatronEngine, MegatronEngineWithLMHead
 
-from rapo_verl.training.plugin import register_engines
-
 
 @functools.cache
 def _stand_ins() -> None:
@@ -53,4 +51,5 @@ for cls in (MegatronEngine, MegatronEngineWithLMHead):
         if inspect.isfunction(member):
             setattr(cls, name, _on_stand_ins(member))
 MegatronEngine.get_per_tensor_param = _get_per_tensor_param(MegatronEngine.get_per_tensor_param)
-register_engines()
+# Its engines are made of the classes above, patched by now.
+import rapo_verl.training.external_lib  # noqa: E402, F401

@@ -17,8 +17,7 @@ from rapo_verl.method.config import FULL_VOCABULARY, ForwardKLConfig, RapoConfig
 from rapo_verl.method.head import Target, head
 from rapo_verl.run.compose import compose_config
 from rapo_verl.run.preflight import problems_of
-from rapo_verl.training.cpu_engine import CpuFSDPEngine
-from rapo_verl.training.engine import FIELDS, MegatronHead, asks_for_head, response_index, run_head
+from rapo_verl.training.engine import FIELDS, CpuFSDPEngine, asks_for_head, response_index, run_head
 from rapo_verl.training.worker import RapoWorker, reweighted_output
 
 PROMPTS, RESPONSES, VOCABULARY, K = (3, 1, 4), (2, 5, 4), 12, 4  # 19 places: odd, so that two ranks need a pad
@@ -266,17 +265,13 @@ def test_two_sequence_parallel_ranks_give_what_one_does(tmp_path):
 # --- Megatron ---
 
 
-class Refuses:
-    """Stands where veRL's Megatron engine does: what comes here has not been taken over."""
+def megatron_engine():
+    """Return an engine without its set-up."""
+    from rapo_verl.training.megatron import RapoMegatronEngine
 
-    engine_config = types.SimpleNamespace(pad_to_length=False, pad_to_length_bucket=None)
-
-    def _lm_head_logits_processor(self, logits, label, temperature, **options):
-        return {"verl": options}
-
-
-class Engine(MegatronHead, Refuses):
-    pass
+    made = object.__new__(RapoMegatronEngine)
+    made.engine_config = types.SimpleNamespace(pad_to_length=False, pad_to_length_bucket=None)
+    return made
 
 
 def whole_gradient() -> list[torch.Tensor]:
@@ -312,7 +307,7 @@ def megatron(rank: int, folder: str, *, tensor: int, context: int, data_format: 
         columns = VOCABULARY // tensor
         shard = parallel_state.get_tensor_model_parallel_rank()
         logits = logits[..., shard * columns : (shard + 1) * columns].clone().requires_grad_(True)
-        got = Engine()._lm_head_logits_processor(
+        got = megatron_engine()._lm_head_logits_processor(
             logits, label, temperature, batch=data, data_format=data_format, calculate_entropy=True
         )
         if data_format == "thd":
@@ -328,9 +323,16 @@ def megatron(rank: int, folder: str, *, tensor: int, context: int, data_format: 
         dist.destroy_process_group()
 
 
-def test_other_megatron_micro_batches_go_to_verl():
-    data = Batch().data()
-    got = Engine()._lm_head_logits_processor(None, None, None, batch=data, data_format="thd", calculate_entropy=True)
+def test_other_megatron_micro_batches_go_to_verl(monkeypatch):
+    pytest.importorskip("megatron.core")
+    from verl.workers.engine import MegatronEngineWithLMHead
+
+    def verl_s(self, logits, label, temperature, **options):
+        return {"verl": options}
+
+    monkeypatch.setattr(MegatronEngineWithLMHead, "_lm_head_logits_processor", verl_s)
+    data, made = Batch().data(), megatron_engine()
+    got = made._lm_head_logits_processor(None, None, None, batch=data, data_format="thd", calculate_entropy=True)
     assert got["verl"]["batch"] is data and got["verl"]["data_format"] == "thd" and got["verl"]["calculate_entropy"]
 
 

@@ -62,9 +62,7 @@ class Batch:
         self.mask[2][3] = 0  # as after a tool call: a hole inside the response
         for row in masked_rows:
             self.mask[row][:] = 0
-        reward = (0.1, 0.0, 1.0, 0.5, 0.75)
-        self.rm_scores = [torch.cat([torch.zeros(n - 1), torch.tensor([r])]) for n, r in zip(RESPONSES, reward)]
-        self.phi = torch.tensor([0.82, 0.8, 1.0, 0.9, 0.95])  # linear, phi_min = 0.8: the defaults
+        self.phi = torch.tensor([0.82, 0.8, 1.0, 0.9, 0.95])
 
     def tokens(self) -> int:
         return int(sum(mask.sum() for mask in self.mask))
@@ -87,7 +85,7 @@ class Batch:
                 "old_log_probs": jagged(self.old),
                 "ref_log_prob": jagged(self.ref),
                 "advantages": jagged(self.advantages),
-                "rm_scores": jagged(self.rm_scores),
+                "rapo_phi": self.phi[rows],
             },
             batch_size=[len(rows)],
         )
@@ -357,7 +355,7 @@ def test_verl_metrics_are_unchanged():
 def test_data_of_the_micro_batch_is_not_changed():
     batch = Batch()
     output, data = batch.micro(ALL)
-    before = {key: data[key].clone() for key in ("response_mask", "old_log_probs", "ref_log_prob", "rm_scores")}
+    before = {key: data[key].clone() for key in ("response_mask", "old_log_probs", "ref_log_prob", "rapo_phi")}
     keys = set(data.keys())
     rapo_policy_loss(actor_config(), output, data, rapo=rapo_config())
     assert set(data.keys()) == keys

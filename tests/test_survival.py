@@ -1,5 +1,6 @@
 """Stopping in time, refusing NaN, ending every process, and what is refused before a run starts."""
 
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from rapo_verl.run.launch import _child_environment
 from rapo_verl.run.preflight import problems_of
 from rapo_verl.run.processes import dump_stacks
 from rapo_verl.run.stopping import Stopping
-from rapo_verl.training.guards import dump_batch, non_finite_metrics
+from rapo_verl.training.guards import dump_batch, non_finite_fields, non_finite_metrics
 
 # --- stopping ---
 
@@ -66,6 +67,20 @@ def test_non_finite_values_count_at_unmasked_tokens_only():
     values = torch.tensor([[1.0, float("nan")], [float("inf"), 0.0], [0.0, 1.0]])
     mask = torch.tensor([[1, 0], [1, 1], [1, 1]])
     assert non_finite_rows({"advantages": values, "rm_scores": torch.zeros(3, 2)}, mask) == {"advantages": [1]}
+
+
+def test_non_finite_fields_of_a_batch_are_found_without_padding_it(monkeypatch):
+    def jagged(*rows):
+        return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+    fields = {
+        "advantages": jagged([1.0, math.nan, 0.0], [math.inf, math.nan], [0.0]),
+        "ref_log_prob": jagged([1.0, math.nan, -math.inf], [0.0, 0.0], [math.nan]),
+        "rm_scores": jagged([0.0, math.nan, 0.0], [0.0, 1.0], [1.0]),
+        "response_mask": jagged([1, 0, 1], [1, 1], [1]),
+    }
+    monkeypatch.setattr(torch.Tensor, "to_padded_tensor", None)
+    assert non_finite_fields(fields) == {"advantages": 1, "ref_log_prob": 2}
 
 
 def test_non_finite_metrics_are_the_actors():

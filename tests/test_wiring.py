@@ -44,6 +44,7 @@ from verl.workers.utils.padding import response_from_nested
 from rapo_verl.method.reweighting import reference_temperature
 from rapo_verl.run.compose import compose_config
 from rapo_verl.run.modes import MODES
+from rapo_verl.training.guards import GuardMixin
 from rapo_verl.training.plugin import register_trainers
 from rapo_verl.training.rollout import (
     SeededAgentLoopManager,
@@ -51,7 +52,7 @@ from rapo_verl.training.rollout import (
     StrictReplayBuffer,
     StrictReplayBufferAsync,
 )
-from rapo_verl.training.survival import SafeTrainerMixin
+from rapo_verl.training.survival import SurvivalMixin
 from rapo_verl.training.trainer import RapoTrainerMixin, RapoTrainerSync
 
 BROKEN = "rapo_test_broken_plugin"
@@ -194,8 +195,7 @@ def test_runs_on_one_machine_have_sockets_of_their_own(found):
 
 
 def test_trainer_registry_returns_our_trainers(found):
-    modes = ("Sync", "ColocateAsync", "SeparateAsync")
-    assert found["trainers"] == [f"{kind}Trainer{mode}" for kind in ("Safe", "Rapo") for mode in modes]
+    assert found["trainers"] == 2 * [f"RapoTrainer{mode}" for mode in ("Sync", "ColocateAsync", "SeparateAsync")]
 
 
 def test_verl_swallows_a_plugin_that_raises_but_not_an_external_module(found, bare):
@@ -300,23 +300,17 @@ def test_methods_we_override_are_defined_where_we_think():
     for ours, theirs, names in (
         (RapoTrainerMixin, PPOTrainer, ["_init_resource_pool_mgr", "_update_actor", "_dump_generations"]),
         (
-            SafeTrainerMixin,
+            SurvivalMixin,
             PPOTrainer,
-            [
-                "_load_checkpoint",
-                "_save_checkpoint",
-                "_compute_ref_log_prob",
-                "_update_actor",
-                "on_step_begin",
-                "on_step_end",
-            ],
+            ["_load_checkpoint", "_save_checkpoint", "on_step_begin", "on_step_end"],
         ),
+        (GuardMixin, PPOTrainer, ["_compute_ref_log_prob", "_update_actor"]),
         (SeededAgentLoopWorker, WORKER_TQ, ["_run_agent_loop", "_compute_score"]),
         (StrictReplayBuffer, ReplayBuffer, ["_sync_metadata_from_transfer_queue", "sample"]),
     ):
         for name in names:
             assert name in vars(ours) and callable(getattr(theirs, name)), name
-    assert issubclass(RapoTrainerSync, PPOTrainer) and RapoTrainerSync.base_mode == "sync"
+    assert issubclass(RapoTrainerSync, PPOTrainer)
 
 
 @pytest.mark.parametrize(
@@ -324,14 +318,19 @@ def test_methods_we_override_are_defined_where_we_think():
     list(zip(MODES, (PPOTrainerSync, PPOTrainerColocateAsync, PPOTrainerSeparateAsync))),
     ids=MODES,
 )
-def test_every_mode_of_ours_is_watched_over(mode, theirs):
+def test_every_mode_of_ours_is_watched_over(monkeypatch, mode, theirs):
     register_trainers()
+    seen = []
+    monkeypatch.setattr(PPOTrainer, "__init__", lambda self, config: seen.append(config.trainer.v1.trainer_mode))
     for name in (mode, f"rapo_{mode}"):
         cls = trainer_base.get_trainer_cls(name)
-        assert issubclass(cls, SafeTrainerMixin) and issubclass(cls, theirs)
+        order = cls.__mro__
         # Else veRL's own method would be found before ours.
-        assert cls.__mro__.index(SafeTrainerMixin) < cls.__mro__.index(theirs)
-    assert cls.base_mode == mode and cls.__mro__[:2] == (cls, RapoTrainerMixin)
+        assert order[:4] == (cls, RapoTrainerMixin, SurvivalMixin, GuardMixin) and theirs in order[4:]
+        if mode != "separate_async":  # whose __init__ looks at the batch first
+            trainer = cls(compose_config(["run_dir=x", f"trainer.v1.trainer_mode={name}"]))
+            # veRL sees its own name, and RAPO is in the run only if it was asked for.
+            assert seen.pop() == mode and trainer._rapo == (name != mode)
 
 
 def test_every_mode_has_rapo_s_worker_and_what_verl_s_own_worker_of_that_mode_can():
@@ -342,9 +341,10 @@ def test_every_mode_has_rapo_s_worker_and_what_verl_s_own_worker_of_that_mode_ca
     for mode in MODES:
         trainer = object.__new__(trainer_base.get_trainer_cls(f"rapo_{mode}"))
         trainer.config = config
-        trainer._init_resource_pool_mgr()
-        (worker,) = trainer.role_worker_mapping.values()
-        assert worker.__ray_actor_class__ is RapoWorker
+        for trainer._rapo in (True, False):
+            trainer._init_resource_pool_mgr()
+            (worker,) = trainer.role_worker_mapping.values()
+            assert (worker.__ray_actor_class__ is RapoWorker) == trainer._rapo
     # trainer_separate_async.py calls these; dispatched as veRL's.
     for name in ("save_model_to_cpu", "restore_model_from_cpu", "clear_cpu_model"):
         assert getattr(RapoWorker, name) is getattr(DetachActorWorker, name)
@@ -600,8 +600,6 @@ def test_verl_megatron_head_is_what_we_override():
 
 
 def test_our_engines_are_those_that_verl_takes_on_nvidia_and_on_the_cpu():
-    from rapo_verl.training.engine import FSDPHead, MegatronHead
-
     code = """
 import json, os
 import verl
@@ -620,9 +618,9 @@ for device, vendor in (("cuda", "nvidia"), ("cpu", "cpu"), ("npu", "huawei")):
 print(json.dumps(seen))
 """
     seen = last_line(run_python(code))
-    for backend, mixin in (("fsdp", FSDPHead), ("fsdp2", FSDPHead), ("megatron", MegatronHead)):
-        assert mixin.__name__ in seen[f"cuda {backend}"][:2]
-    assert FSDPHead.__name__ in seen["cpu fsdp2"] and FSDPHead.__name__ not in seen["npu fsdp2"]
+    for backend, name in (("fsdp", "RapoFSDPEngine"), ("fsdp2", "RapoFSDPEngine"), ("megatron", "RapoMegatronEngine")):
+        assert seen[f"cuda {backend}"][0] == name
+    assert "RapoFSDPEngine" in seen["cpu fsdp2"] and "RapoFSDPEngine" not in seen["npu fsdp2"]
 
 
 # --- upstream guards: vLLM's worker, read and not imported (importing vLLM takes 7 s) ---
@@ -692,7 +690,7 @@ def test_verl_names_its_weight_socket_as_we_expect():
 
 
 def test_our_weight_sync_takes_what_verl_sends():
-    ours = method("rapo_verl.training.cpu_weights", "CpuWorkerExtension", "update_weights_from_ipc").args
+    ours = method("rapo_verl.training.weights", "CpuWorkerExtension", "update_weights_from_ipc").args
     theirs = method(f"{ROLLOUT}.utils", "vLLMColocateWorkerExtension", "update_weights_from_ipc").args
     assert [a.arg for a in ours.args] == [a.arg for a in theirs.args]
     assert [ast.unparse(d) for d in ours.defaults] == [ast.unparse(d) for d in theirs.defaults]

@@ -7,8 +7,8 @@ import importlib.metadata
 import resource
 import sys
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import psutil
@@ -24,17 +24,20 @@ def _resident_bytes(*_: Any) -> int:
     return psutil.Process().memory_info().rss
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
+def _returning(value: Any) -> Callable:
+    return lambda *_, **__: value
+
+
+_nothing = _returning(None)
 
 
 def _device_module() -> types.ModuleType:
     """Return a module with the parts of ``torch.cuda`` that veRL calls; the rest falls through to ``torch.cpu``."""
     module = types.ModuleType("rapo_verl.training.cpu_device")
     vars(module).update(
-        is_available=lambda: True,
-        device_count=lambda: 1,
-        current_device=lambda: 0,
+        is_available=_returning(True),
+        device_count=_returning(1),
+        current_device=_returning(0),
         set_device=_nothing,
         synchronize=_nothing,
         empty_cache=_nothing,
@@ -49,7 +52,7 @@ def _device_module() -> types.ModuleType:
         set_rng_state=lambda state, *_: torch.set_rng_state(state),
         manual_seed=torch.manual_seed,
         manual_seed_all=torch.manual_seed,
-        get_device_name=lambda *_: "cpu",
+        get_device_name=_returning("cpu"),
         get_device_properties=lambda *_: types.SimpleNamespace(name="cpu", total_memory=psutil.virtual_memory().total),
         __getattr__=lambda name: getattr(torch.cpu, name),
     )
@@ -63,80 +66,30 @@ class CpuPlatform(PlatformBase):
     vendor_name = "cpu"
     device_module = _device_module()
 
-    def is_available(self) -> bool:
-        """Return True: there is always a processor."""
-        return True
-
-    def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        """Return False: never picked by veRL's auto-detection, only by ``VERL_PLATFORM=cpu``."""
-        return False
-
-    def current_device(self) -> str:
-        """Return "cpu", which `Tensor.to` takes where veRL passes a device index."""
-        return "cpu"
-
-    def device_count(self) -> int:
-        """Return 1."""
-        return 1
-
-    def set_device(self, device_index: int) -> None:
-        """Do nothing: there is one device."""
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        """Do nothing: work on the processor is synchronous."""
+    is_available = _returning(True)
+    # Never picked by veRL's auto-detection, only by ``VERL_PLATFORM=cpu``.
+    is_platform_available = _returning(False)
+    # "cpu" and no number: `Tensor.to` takes it where veRL passes a device index.
+    current_device = _returning("cpu")
+    device_count = _returning(1)
+    get_device_capability = _returning((None, None))
+    communication_backend_name = _returning("gloo")
+    # veRL checks for GPU or NPU by name (single_controller/ray/base.py), so `ray.init` gets one "GPU"; the variables
+    # are those with which Ray shows and hides it.
+    ray_resource_name = _returning("GPU")
+    visible_devices_envvar = _returning("CUDA_VISIBLE_DEVICES")
+    ray_noset_envvars = _returning(["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"])
+    # Weights travel through shared memory.
+    is_ipc_supported = _returning(False)
+    nvtx_range = _returning(nullcontext())
+    # One device, synchronous, whose allocator keeps no cache of its own: nothing to do.
+    set_device = synchronize = set_allocator_settings = empty_cache = profiler_start = profiler_stop = cudart = _nothing
 
     def manual_seed(self, seed: int) -> None:
         """Seed torch's generator."""
         torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> None:
-        """Seed torch's generator."""
-        torch.manual_seed(seed)
-
-    def set_allocator_settings(self, settings: str) -> None:
-        """Do nothing: the host allocator has none of these."""
-
-    def empty_cache(self) -> None:
-        """Do nothing: the host allocator keeps no cache of its own."""
-
-    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
-        """Return (None, None): no compute capability."""
-        return None, None
-
-    def communication_backend_name(self) -> str:
-        """Return "gloo"."""
-        return "gloo"
-
-    def visible_devices_envvar(self) -> str:
-        """Return the variable that Ray sets for its "GPU" resource."""
-        return "CUDA_VISIBLE_DEVICES"
-
-    @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        """Wrap nothing."""
-        yield
-
-    def profiler_start(self) -> None:
-        """Do nothing."""
-
-    def profiler_stop(self) -> None:
-        """Do nothing."""
-
-    def ray_resource_name(self) -> str:
-        """Return "GPU": veRL checks for GPU or NPU by name (single_controller/ray/base.py), so `ray.init` gets one."""
-        return "GPU"
-
-    def ray_noset_envvars(self) -> list[str]:
-        """Return the variable that keeps Ray from hiding devices."""
-        return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
-
-    def is_ipc_supported(self) -> bool:
-        """Return False: weights travel through shared memory."""
-        return False
-
-    def cudart(self) -> None:
-        """Return None."""
-        return None
+    manual_seed_all = manual_seed
 
 
 _ANY_DISTRIBUTION = importlib.metadata.DistributionFinder.Context()

@@ -1,14 +1,15 @@
-"""RAPO's head inside veRL's engines: mixins for its FSDP and Megatron engines, registered in `plugin`.
+"""veRL's FSDP engines with RAPO's head, and what they share with its Megatron engine (`megatron`).
 
-A micro-batch asks for it by its fields, on response tokens only; any other goes through veRL's code untouched:
+What the head returns of a micro-batch, for its response tokens alone, is told by the micro-batch's fields:
 
-* the reference pass carries ``rapo_top_k`` (0: the whole vocabulary) and ``rapo_phi_min``, and gets, beside
-  ``log_probs``, the fields of `rapo_verl.method.reference_tokens.ReferenceTokens`;
-* the actor's pass carries the reference's `FIELDS`, and gets ``log_probs``, ``entropy`` and ``forward_kl`` from one
-  function. veRL's own head is not run beside it: it divides and overwrites the logits that a KL would have saved.
+* ``rapo_top_k`` (0: the whole vocabulary) and ``rapo_phi_min``, of a reference pass: beside ``log_probs`` the fields of
+  `rapo_verl.method.reference_tokens.ReferenceTokens`;
+* the reference's `FIELDS`, of the actor's pass: beside ``log_probs`` and ``entropy`` the ``forward_kl``. veRL's own
+  head is not run beside it: it divides and overwrites the logits that a KL would have saved.
 
-An engine that was told to `use_linear_head` makes no logits at all: what veRL's fused kernels do at one temperature for
-all samples, `rapo_verl.method.linear_head` does at one for each.
+Any other micro-batch goes through veRL's code untouched. An engine that was told to `use_linear_head` makes no logits
+at all: what veRL's fused kernels do at one temperature for all samples, `rapo_verl.method.linear_head` does at one for
+each.
 """
 
 import functools
@@ -19,6 +20,7 @@ from tensordict import TensorDict
 from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.ulysses import slice_input_tensor
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from rapo_verl.method.config import FULL_VOCABULARY
 from rapo_verl.method.head import Target, head
@@ -31,7 +33,7 @@ FIELDS = ("rapo_ids", "rapo_log_prob", "rapo_log_tail")
 
 
 def asks_for_head(micro_batch: TensorDict) -> bool:
-    """Whether a micro-batch is one for RAPO's head."""
+    """Whether a micro-batch asks for what veRL's head does not have."""
     return "rapo_top_k" in micro_batch or FIELDS[0] in micro_batch
 
 
@@ -67,7 +69,7 @@ def run_head(
     micro_batch: TensorDict,
     group: Any = None,
 ) -> dict[str, torch.Tensor]:
-    """Return what the micro-batch asks for, for tokens in any layout.
+    """Return what the micro-batch asks for, for tokens in any layout: tensors of n rows, zeros off the response.
 
     Args:
         logits: shape (n, vocabulary), or this rank's columns of it.
@@ -77,15 +79,12 @@ def run_head(
         micro_batch: as above.
         group: process group over which the vocabulary is split, or None.
 
-    Returns:
-        Tensors of n rows, zeros off the response.
-
     Raises:
         RuntimeError: labels and index are laid out differently, so that targets would belong to other tokens.
         ValueError: from the head.
     """
+    check_layout(labels, index, micro_batch)
     rows, token = index > 0, (index - 1).clamp_min(0)
-    _check_layout(labels, index, micro_batch)
     options: dict[str, Any] = {"temperature": temperature, "rows": rows, "group": group}
     if "rapo_top_k" in micro_batch:
         k = tu.get_non_tensor_data(micro_batch, "rapo_top_k", default=None)
@@ -101,7 +100,8 @@ def run_head(
     return found
 
 
-def _check_layout(labels: torch.Tensor, index: torch.Tensor, micro_batch: TensorDict) -> None:
+def check_layout(labels: torch.Tensor, index: torch.Tensor, micro_batch: TensorDict) -> None:
+    """Raise RuntimeError if veRL's labels and our `response_index` are not of the same tokens."""
     rows = index > 0
     if not torch.equal(labels[rows], micro_batch["responses"].values()[index[rows] - 1]):
         raise RuntimeError(
@@ -137,14 +137,22 @@ def check_linear(config: Any, bias: Any) -> None:
         )
 
 
-class FSDPHead:
-    """For veRL's FSDP engines: packed or padded sequences, Ulysses sequence parallelism."""
+class HeadSwitch:
+    """What `worker` may tell an engine of ours once its model is built; stands before veRL's engine."""
 
     _linear = False
 
-    def use_linear_head(self: Any) -> None:
+    def use_linear_head(self) -> None:
         """Let every pass of this engine, which has none with a gradient, go from hidden states to log-probs."""
-        model = getattr(self.module, "_fsdp_wrapped_module", self.module)
+        raise NotImplementedError
+
+
+class RapoFSDPEngine(HeadSwitch, FSDPEngineWithLMHead):
+    """FSDP1 and FSDP2: packed or padded sequences, Ulysses sequence parallelism."""
+
+    def use_linear_head(self) -> None:
+        """Do as `HeadSwitch` says."""
+        model: Any = getattr(self.module, "_fsdp_wrapped_module", self.module)
         layer = model.get_output_embeddings()
         check_linear(model.config, layer.bias)
         # Inside the head's own call, for which FSDP2 gathers a weight that is not tied.
@@ -153,32 +161,32 @@ class FSDPHead:
         model.forward = functools.partial(self._forward, model)
         self._linear = True
 
-    def prepare_model_inputs(self: Any, micro_batch: TensorDict) -> tuple[dict, dict]:
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
         """Return veRL's inputs of the model, and what it needs afterwards."""
         if not self._linear:
-            return super().prepare_model_inputs(micro_batch)  # type: ignore[misc]
+            return super().prepare_model_inputs(micro_batch)
         # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1162 allows its fused kernels one temperature.
         plain = micro_batch.copy()
         tu.assign_non_tensor(plain, use_fused_kernels=False)
-        inputs, output_args = super().prepare_model_inputs(plain)  # type: ignore[misc]
+        inputs, output_args = super().prepare_model_inputs(plain)
         self._pass = output_args, micro_batch
         return inputs, output_args
 
-    def _forward(self: Any, model: Any, **inputs: Any) -> Any:
+    def _forward(self, model: Any, **inputs: Any) -> Any:
         """Return what veRL's fused forward does (verl 0.9.1 models/transformers/dense_common.py:82)."""
         from verl.models.transformers.dense_common import CausalLMOutputForPPO
 
         log_probs, entropy = model.get_output_embeddings()(model.base_model(**inputs)[0])
         return CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy)
 
-    def _without_logits(self: Any, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _without_logits(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return log-probs and entropy, shape (batch, length), for hidden states (batch, length, width)."""
         labels, temperature, index, _ = self._laid_out(*self._pass, width=hidden.shape[1])
-        _check_layout(labels, index, self._pass[1])
+        check_layout(labels, index, self._pass[1])
         found = linear_head(hidden.flatten(0, 1), layer.weight, labels, temperature=temperature, rows=index > 0)
         return tuple(x.view(hidden.shape[:2]) for x in found)
 
-    def _laid_out(self: Any, output_args: dict, micro_batch: TensorDict, width: int) -> tuple[Any, ...]:
+    def _laid_out(self, output_args: dict, micro_batch: TensorDict, width: int) -> tuple[Any, ...]:
         """Return labels, temperature and response index of each row of the logits; if padded, which rows are real."""
         index, labels = response_index(micro_batch), output_args["input_ids_rmpad_rolled"]
         if tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
@@ -192,12 +200,12 @@ class FSDPHead:
         return labels, output_args["temperature"].repeat_interleave(width), index, real
 
     def prepare_model_outputs(
-        self: Any, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Any
+        self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict:
         """Return the model's outputs of a micro-batch, jagged (batch, prompt + response[, ...])."""
-        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1313: its head has no place for a KL of ours.
+        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1330: its head has no place for a KL of ours.
         if not asks_for_head(micro_batch):
-            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)  # type: ignore[misc]
+            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         logits = output.logits
         if isinstance(logits, DTensor):
             logits = logits.full_tensor()
@@ -213,74 +221,14 @@ class FSDPHead:
         return {name: torch.nested.nested_tensor_from_jagged(value, offsets) for name, value in found.items()}
 
 
-class MegatronHead:
-    """For veRL's Megatron engine: tensor-, sequence- and context-parallel, packed (thd) or padded (bshd)."""
+class CpuFSDPEngine(RapoFSDPEngine):
+    """FSDP2 on gloo; the reference is not "offloaded to the CPU", where it already is."""
 
-    _linear = False
-
-    def use_linear_head(self: Any) -> None:
-        """Let every pass of this engine, which has none with a gradient, go from hidden states to log-probs."""
-        from verl.utils.megatron_utils import unwrap_model
-
-        if self.engine_config.use_fused_kernels:
-            from verl.models.mcore.model_forward_fused import unpatch_fused_forward
-
-            # verl 0.9.1 workers/engine/megatron/transformer_impl.py:522: its fused forward is not in our way then.
-            for chunk in self.module:
-                unpatch_fused_forward(chunk)
-            self.engine_config.use_fused_kernels = False
-        for layer in (m.output_layer for m in map(unwrap_model, self.module) if m.post_process):
-            check_linear(self.model_config.hf_config, layer.bias)
-            layer.forward = functools.partial(self._hidden_states, layer)
-        self._linear = True
-
-    def _hidden_states(self: Any, layer: Any, hidden: Any, weight: Any = None, **_: Any) -> tuple[Any, None]:
-        """Return, where Megatron expects this rank's logits, the hidden states (length, batch, width)."""
-        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-
-        self._head_weight = layer.weight if weight is None else weight  # given where it is the embedding's
-        return (gather_from_sequence_parallel_region(hidden) if layer.sequence_parallel else hidden), None
-
-    def _lm_head_logits_processor(
-        self: Any,
-        logits: torch.Tensor,
-        label: torch.Tensor,
-        temperature: torch.Tensor,
-        *,
-        batch: TensorDict,
-        data_format: str,
-        **options: Any,
-    ) -> dict:
-        # verl 0.9.1 workers/engine/megatron/transformer_impl.py:1191: divides the logits in place, and its
-        # cross-entropy overwrites them (megatron.core tensor_parallel/cross_entropy.py).
-        if not asks_for_head(batch) and not self._linear:
-            options |= {"batch": batch, "data_format": data_format}
-            return super()._lm_head_logits_processor(logits, label, temperature, **options)  # type: ignore[misc]
-        from megatron.core import parallel_state
-        from verl.models.mcore.util import preprocess_bshd_engine, preprocess_thd_engine
-
-        index = torch.nested.nested_tensor_from_jagged(response_index(batch), batch["input_ids"].offsets())
-        if data_format == "thd":
-            config = self.engine_config
-            bucket = config.pad_to_length_bucket if config.pad_to_length else None
-            cp_size = tu.get_non_tensor_data(batch, "local_cp_size", default=None)
-            index = preprocess_thd_engine(index, local_cp_size=cp_size, pad_to_length_bucket=bucket)[0]
-        else:
-            width = tu.get_non_tensor_data(batch, "forced_max_seqlen", default=None)
-            index = preprocess_bshd_engine(index, forced_max_seqlen=width)[0]
-        group = parallel_state.get_tensor_model_parallel_group()
-        shape, flat = label.shape[:2], (label.flatten(), temperature.flatten(), index.flatten())
-        if flat[2].shape != flat[0].shape:
-            raise RuntimeError(f"veRL's labels have shape {tuple(shape)}, RAPO's targets {tuple(index.shape)}")
-        group = group if torch.distributed.get_world_size(group) > 1 else None
-        if asks_for_head(batch):
-            found = run_head(logits.flatten(0, 1), *flat, batch, group)
-        else:
-            # Megatron has made the last stage's output fp32, from the weight's dtype.
-            hidden, rows = logits.flatten(0, 1).to(self._head_weight.dtype), flat[2] > 0
-            _check_layout(flat[0], flat[2], batch)
-            log_prob, entropy = linear_head(
-                hidden, self._head_weight, flat[0], temperature=flat[1], rows=rows, group=group
-            )
-            found = {"log_probs": log_prob, "entropy": entropy}
-        return {name: value.unflatten(0, shape) for name, value in found.items()}
+    def _build_fsdp_module(self, module: Any) -> Any:
+        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:459 gives every forward-only model
+        # CPUOffloadPolicy(pin_memory=True); pinned memory needs an accelerator.
+        forward_only, self.engine_config.forward_only = self.engine_config.forward_only, False
+        try:
+            return super()._build_fsdp_module(module)
+        finally:
+            self.engine_config.forward_only = forward_only

@@ -19,7 +19,9 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from rapo_verl.method.config import PER_TOKEN_ESTIMATORS, RapoConfig
 from rapo_verl.method.forward_kl import LOG_RHO_CLAMP, ForwardKL, forward_kl_estimate
-from rapo_verl.method.reweighting import response_phi
+
+# phi of each response, shape (batch,), as the reference pass used it.
+PHI = "rapo_phi"
 
 
 def rapo_policy_loss(
@@ -31,8 +33,8 @@ def rapo_policy_loss(
         config: veRL's actor config, ``use_kl_loss`` off (the leash is ours).
         model_output: ``log_probs``, optionally ``entropy``, and for a per-token estimator ``forward_kl``, jagged
             (batch, prompt + response), nats.
-        data: micro-batch with ``old_log_probs``, ``ref_log_prob``, ``advantages``, ``response_mask``, ``rm_scores``,
-            jagged (batch, response).
+        data: micro-batch with ``old_log_probs``, ``ref_log_prob``, ``advantages``, ``response_mask``, jagged
+            (batch, response), and `PHI`.
         dp_group: unused, part of the signature.
         rapo: the settings of RAPO; alpha > 0.
 
@@ -62,7 +64,7 @@ def rapo_policy_loss(
     forward_kl = agg_loss(
         loss_mat=estimate.loss, loss_mask=mask, loss_agg_mode=config.loss_agg_mode, **config.global_batch_info
     )
-    metrics.update(_metrics(config, estimate, mask, response_phi(data["rm_scores"], rapo.reference), forward_kl))
+    metrics.update(_metrics(config, estimate, mask, data[PHI], forward_kl))
     return loss + rapo.forward_kl.coef * forward_kl, metrics
 
 

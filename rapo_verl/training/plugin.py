@@ -1,4 +1,4 @@
-"""The one module that touches veRL's registries.
+"""Our names in veRL: its platform here, the trainers in the task runner, the engines by `external_lib`.
 
 Imported at the end of ``import verl`` in every process, through the ``verl.plugins`` entry point and, in a run of
 ours, through ``VERL_USE_EXTERNAL_MODULES`` as well: veRL drops an entry point that raises with a DEBUG line
@@ -31,47 +31,14 @@ def _prepare_cpu_process() -> None:
         distributed.initialize_global_process_group_ray = functools.partial(init, backend="cpu:gloo")
 
 
-def register_engines() -> None:
-    """Register our engines and weight sender.
-
-    Called when `rapo_verl.training.external_lib` is imported as ``model.external_lib`` in each worker.
-    """
-    from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead, MegatronEngineWithLMHead
-    from verl.workers.rollout import base as rollouts
-
-    from rapo_verl.training.cpu_engine import CpuFSDPEngine
-    from rapo_verl.training.engine import FSDPHead, MegatronHead
-
-    EngineRegistry.register("language_model", "fsdp2", device="cpu")(CpuFSDPEngine)
-    # By name: veRL imports it (and vLLM) only in processes with a rollout.
-    rollouts._ROLLOUT_REGISTRY["vllm", "async"] = "rapo_verl.training.weights.RunServerAdapter"
-
-    # With a vendor, which veRL looks up first: under "cuda" alone its own engines are registered already.
-    class RapoFSDPEngine(FSDPHead, FSDPEngineWithLMHead):
-        """veRL's FSDP engine with RAPO's head."""
-
-    EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cuda", vendor="nvidia")(RapoFSDPEngine)
-    if MegatronEngineWithLMHead is not None:  # None: megatron-core is not installed
-        from rapo_verl.training.megatron import GuardedMegatronEngine
-
-        class RapoMegatronEngine(MegatronHead, GuardedMegatronEngine):
-            """veRL's Megatron engine with RAPO's head, which stops before a step on a gradient that is not finite."""
-
-        EngineRegistry.register("language_model", "megatron", device="cuda", vendor="nvidia")(RapoMegatronEngine)
-
-
 def register_trainers() -> None:
-    """Register our trainers under their ``trainer.v1.trainer_mode`` names; called in the task runner."""
-    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, register_trainer
+    """Register our trainers, under veRL's own names too; called in the task runner."""
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-    from rapo_verl.training import trainer
+    from rapo_verl.training.trainer import TRAINERS
 
-    for ours in (trainer.RapoTrainerSync, trainer.RapoTrainerColocateAsync, trainer.RapoTrainerSeparateAsync):
-        register_trainer(f"rapo_{ours.base_mode}")(ours)
-    # veRL's own trainers too save, stop and refuse NaN as ours do; `register_trainer` would refuse the names.
-    TRAINER_REGISTRY["sync"] = trainer.SafeTrainerSync
-    TRAINER_REGISTRY["colocate_async"] = trainer.SafeTrainerColocateAsync
-    TRAINER_REGISTRY["separate_async"] = trainer.SafeTrainerSeparateAsync
+    # veRL's own save, stop and refuse NaN as ours do then; `register_trainer` would refuse their names.
+    TRAINER_REGISTRY.update(TRAINERS)
 
 
 if on_cpu():

@@ -1,7 +1,4 @@
-"""What every trainer of ours does beside training: complete checkpoints, a stop in time, no step on NaN.
-
-Applied to veRL's own trainer (``trainer_mode=sync``) and to RAPO's; it changes no number.
-"""
+"""What every trainer of ours does beside training: complete checkpoints, a stop in time; it changes no number."""
 
 import logging
 import os
@@ -9,22 +6,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from rapo_verl.run.checkpoints import CheckpointError, finish, identity, need_room, retain
 from rapo_verl.run.files import write_atomic
-from rapo_verl.run.inspect import FIELDS, non_finite_rows
 from rapo_verl.run.names import RESUME_VARIABLE, STOPPED_FILE
 from rapo_verl.run.stopping import Stopping
-from rapo_verl.training import guards
+from rapo_verl.training.guards import GuardMixin
 from rapo_verl.training.liveness import actors_watched
 
 logger = logging.getLogger(__name__)
 
 
-class SafeTrainerMixin(PPOTrainer):
+class SurvivalMixin(GuardMixin, PPOTrainer):
     """Stands before any of veRL's v1 trainers in the order of classes."""
 
     total_training_steps: int
@@ -90,39 +85,3 @@ class SafeTrainerMixin(PPOTrainer):
             write_atomic(Path(self.config.run_dir) / STOPPED_FILE, f"step {self.global_steps}: {reason}\n")
             logger.warning("saved step %d and stopping: %s", self.global_steps, reason)
         super().on_step_end()
-
-    def _compute_ref_log_prob(self, batch: Any, metrics: dict) -> Any:
-        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1695: the first to read a reward, of which RAPO makes phi.
-        self._refuse_non_finite(batch, ("rm_scores",))
-        return super()._compute_ref_log_prob(batch, metrics)
-
-    def _update_actor(self, batch: Any, metrics: dict) -> Any:
-        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1827: the last moment before the optimizer steps.
-        self._refuse_non_finite(batch, FIELDS)
-        batch = super()._update_actor(batch, metrics)
-        # FSDP leaves out a step on a non-finite norm and goes on (workers/engine/fsdp/transformer_impl.py:823); our
-        # Megatron engine raises before it (rapo_verl/training/megatron.py). Nothing of such a step is saved.
-        bad = guards.non_finite_metrics(metrics)
-        if bad:
-            self._stop_on(batch, f"after the update, {', '.join(bad)}")
-        return batch
-
-    def _refuse_non_finite(self, batch: Any, fields: tuple[str, ...]) -> None:
-        data = self._fetch(batch, (*fields, "response_mask"))
-        mask = data.pop("response_mask")
-        bad = non_finite_rows(data, mask)
-        if bad:
-            what = ", ".join(f"{name} in {len(rows)} of {mask.shape[0]} responses" for name, rows in bad.items())
-            self._stop_on(batch, f"before the update, NaN or infinity in {what}")
-
-    def _fetch(self, batch: Any, names: tuple[str, ...]) -> dict:
-        # Fields that this run does not have are left out by the queue; veRL asks for "values" in the same way.
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(names))
-        return dict(data.to_padded_tensor().items())
-
-    def _stop_on(self, batch: Any, why: str) -> None:
-        data = self._fetch(batch, (*guards.CONTEXT, *FIELDS))
-        path = guards.dump_batch(Path(self.config.run_dir), self.global_steps, data, why)
-        raise guards.NonFiniteError(
-            f"step {self.global_steps}: {why}. Nothing of this step is saved. Look at it: rapo inspect-batch {path}"
-        )

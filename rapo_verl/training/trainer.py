@@ -1,7 +1,10 @@
-"""veRL's trainers with RAPO's worker in place of veRL's."""
+"""veRL's trainers with RAPO's worker in place of veRL's, complete checkpoints, and more to log."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
@@ -11,31 +14,58 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from rapo_verl.training.survival import SafeTrainerMixin
-from rapo_verl.training.validation import validation_pass_at_k
+from rapo_verl.method.passk import pass_at_k
+from rapo_verl.run.modes import MODES
+from rapo_verl.training.survival import SurvivalMixin
 from rapo_verl.training.worker import RapoWorker
 
 _MODEL_ROLES = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef, Role.RefPolicy)
+RAPO_PREFIX = "rapo_"
 
 
-class RapoTrainerMixin(PPOTrainer):
-    """What RAPO changes in any of veRL's v1 trainers: the worker class and the names of its metrics."""
+def validation_pass_at_k(
+    data_sources: Sequence[str], uids: Sequence[str], correct: Sequence[float | None], n: int
+) -> dict[str, float]:
+    """Return ``val/pass@k/<data source>/<k>``, unbiased, for k = 1, 2, 4, ... up to n // 2, and for n.
 
-    base_mode: str
+    Args:
+        data_sources: of each response.
+        uids: of the prompt that each response answers.
+        correct: 1.0 where it is right; None (the reward failed, which stops a run of ours) counts as wrong.
+        n: responses asked for each prompt; one that is missing counts as wrong, as it does in veRL's own metrics.
+    """
+    solved: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for source, uid, right in zip(data_sources, uids, correct):
+        solved[str(source)][str(uid)] += int((right or 0.0) >= 1.0)
+    ks = [2**i for i in range(n.bit_length()) if 2**i <= n // 2] + [n]
+    return {
+        f"val/pass@k/{source}/{k}": float(pass_at_k(np.array(list(counts.values())), n, k).mean())
+        for source, counts in solved.items()
+        for k in ks
+    }
+
+
+class RapoTrainerMixin(SurvivalMixin, PPOTrainer):
+    """What every trainer of ours does in any of veRL's v1 trainers; RAPO itself where the mode's name asks for it.
+
+    ``trainer.v1.trainer_mode=rapo_<mode>`` puts RAPO's worker in veRL's place; ``<mode>`` alone trains as veRL does.
+    """
 
     def __init__(self, config: DictConfig):
-        # veRL compares this name to decide on buffers and checkpoints (trainer_base.py:153, 731, 902, 912, 1004,
-        # 1499); ours ends with the lookup of the class.
+        mode = config.trainer.v1.trainer_mode
+        self._rapo = mode.startswith(RAPO_PREFIX)
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:153, 731, 902, 912, 1004, 1499 compare this name to decide on
+        # buffers and checkpoints; ours ends with the lookup of the class.
         with open_dict(config):
-            config.trainer.v1.trainer_mode = self.base_mode
+            config.trainer.v1.trainer_mode = mode.removeprefix(RAPO_PREFIX)
         super().__init__(config)
 
     def _init_resource_pool_mgr(self) -> None:
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:788-809 names its worker class here, with no setting for it;
-        # trainer_separate_async.py:138 then another, of which RAPO's is a subclass too.
+        # trainer/ppo/v1/trainer_separate_async.py:138 then another, of which RAPO's is a subclass too.
         super()._init_resource_pool_mgr()
         for role in _MODEL_ROLES:
-            if role in self.role_worker_mapping:
+            if self._rapo and role in self.role_worker_mapping:
                 self.role_worker_mapping[role] = ray.remote(RapoWorker)
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
@@ -66,31 +96,20 @@ class RapoTrainerMixin(PPOTrainer):
         super()._dump_generations(**kwargs)
 
 
-class SafeTrainerSync(SafeTrainerMixin, PPOTrainerSync):
-    """veRL's synchronous trainer itself (``trainer.v1.trainer_mode=sync``), watched over."""
+class RapoTrainerSync(RapoTrainerMixin, PPOTrainerSync):
+    """On veRL's synchronous trainer."""
 
 
-class SafeTrainerColocateAsync(SafeTrainerMixin, PPOTrainerColocateAsync):
-    """veRL's trainer that samples ahead on the same GPUs (``colocate_async``), watched over."""
+class RapoTrainerColocateAsync(RapoTrainerMixin, PPOTrainerColocateAsync):
+    """On veRL's trainer that samples ahead on the same GPUs."""
 
 
-class SafeTrainerSeparateAsync(SafeTrainerMixin, PPOTrainerSeparateAsync):
-    """veRL's trainer that samples on GPUs of its own (``separate_async``), watched over."""
+class RapoTrainerSeparateAsync(RapoTrainerMixin, PPOTrainerSeparateAsync):
+    """On veRL's trainer that samples on GPUs of its own."""
 
 
-class RapoTrainerSync(RapoTrainerMixin, SafeTrainerMixin, PPOTrainerSync):
-    """RAPO on veRL's synchronous trainer (``trainer.v1.trainer_mode=rapo_sync``)."""
-
-    base_mode = "sync"
-
-
-class RapoTrainerColocateAsync(RapoTrainerMixin, SafeTrainerMixin, PPOTrainerColocateAsync):
-    """RAPO on veRL's trainer that samples ahead on the same GPUs (``rapo_colocate_async``)."""
-
-    base_mode = "colocate_async"
-
-
-class RapoTrainerSeparateAsync(RapoTrainerMixin, SafeTrainerMixin, PPOTrainerSeparateAsync):
-    """RAPO on veRL's trainer that samples on GPUs of its own (``rapo_separate_async``)."""
-
-    base_mode = "separate_async"
+TRAINERS = {
+    prefix + mode: trainer
+    for mode, trainer in zip(MODES, (RapoTrainerSync, RapoTrainerColocateAsync, RapoTrainerSeparateAsync))
+    for prefix in ("", RAPO_PREFIX)
+}

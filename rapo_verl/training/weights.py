@@ -1,4 +1,4 @@
-"""The socket over which a trainer hands its weights to vLLM: one per run, not one per machine.
+"""How a trainer hands its weights to vLLM: over a socket of its run, not of its machine; on a processor by a reload.
 
 verl 0.9.1 names it by Ray's job id (workers/rollout/vllm_rollout/vllm_rollout.py:141, utils.py:416), which counts from
 1 in every Ray cluster. Two runs on one machine, each with its own cluster, then share the path: the weights of one may
@@ -9,7 +9,9 @@ import hashlib
 import os
 from typing import Any
 
+import torch
 from verl.workers.rollout.vllm_rollout import ServerAdapter
+from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from rapo_verl.run.names import RUN_DIR_VARIABLE
@@ -50,3 +52,25 @@ class RunWorkerExtension(vLLMColocateWorkerExtension):
 
     def _get_zmq_handle(self) -> str:
         return socket_of_run(super()._get_zmq_handle())
+
+
+class CpuWorkerExtension(RunWorkerExtension):
+    """vLLM's end on a processor: loads new weights through vLLM's reload API, since its CPU backend prepacks them."""
+
+    def update_weights_from_ipc(
+        self, peft_config: dict | None = None, base_sync_done: bool = False, use_shm: bool = False
+    ) -> None:
+        """Receive all weights of the actor and reload the model with them.
+
+        Raises:
+            RuntimeError: a LoRA adapter is sent, which the reload API does not take.
+        """
+        # verl 0.9.1 workers/rollout/vllm_rollout/utils.py:180 writes into the live parameters instead, which the CPU
+        # backend has repacked at load time.
+        if peft_config is not None:
+            raise RuntimeError("LoRA weight sync is not supported by the cpu platform; set model.lora_rank=0")
+        receiver = BucketedWeightReceiver(self._get_zmq_handle(), device=torch.device("cpu"), use_shm=use_shm)
+        weights: list[tuple[str, torch.Tensor]] = []
+        # Cloned: the bucket is shared memory that the sender writes again.
+        receiver.receive_weights(lambda bucket, _last: weights.extend((name, t.clone()) for name, t in bucket))
+        self.model_runner.reload_weights(weights_iterator=iter(weights))

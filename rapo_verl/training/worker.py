@@ -22,8 +22,8 @@ from verl.workers.utils.padding import response_from_nested
 from rapo_verl.method.config import PER_TOKEN_ESTIMATORS, RapoConfig, rapo_config_from
 from rapo_verl.method.reference_tokens import ReferenceTokens, phi_nodes
 from rapo_verl.method.reweighting import reference_temperature, response_phi, reweight_log_prob, reweight_tokens
-from rapo_verl.training.engine import FIELDS, FSDPHead, MegatronHead, response_positions
-from rapo_verl.training.loss import rapo_policy_loss
+from rapo_verl.training.engine import FIELDS, HeadSwitch, response_positions
+from rapo_verl.training.loss import PHI, rapo_policy_loss
 
 
 class RapoWorker(DetachActorWorker):
@@ -45,7 +45,7 @@ class RapoWorker(DetachActorWorker):
         fused = self.config.model.get("use_fused_kernels") and self.rapo.per_sample_temperature
         if self.rapo.exports_tokens or fused:
             for worker in filter(None, (self.actor, self.ref)):
-                if not isinstance(worker.engine, FSDPHead | MegatronHead):
+                if not isinstance(worker.engine, HeadSwitch):
                     raise TypeError(
                         f"veRL's engine here is {type(worker.engine).__name__}, which has not RAPO's head; rapo."
                         "forward_kl.estimator=topk, full, rapo.reference.reading=nucleus and fused kernels beside "
@@ -63,7 +63,8 @@ class RapoWorker(DetachActorWorker):
     def compute_ref_log_prob(self, data: TensorDict) -> TensorDict | None:
         """Return ``log_probs`` of the reward-reweighted reference, jagged (batch, prompt + response), nats.
 
-        For the per-token estimators also the `FIELDS` of its next-token distributions, jagged (batch, response[, k]).
+        With it phi of each response, shape (batch,), as `loss.PHI`, and for the per-token estimators the `FIELDS` of
+        its next-token distributions, jagged (batch, response[, k]).
 
         Args:
             data: batch with ``rm_scores``, jagged (batch, response): the reward of a response is its sum.
@@ -98,11 +99,12 @@ class RapoWorker(DetachActorWorker):
         if output is None:
             return None
         if self.rapo.exports_tokens:
-            return reweighted_output(output, data, phi.cpu(), self.rapo)
-        log_probs = output["log_probs"]
-        if reference.reading == "unnormalized":
-            rows = [reweight_log_prob(x[None], p[None], reading=reference.reading)[0] for x, p in zip(log_probs, phi)]
+            output = reweighted_output(output, data, phi.cpu(), self.rapo)
+        elif reference.reading == "unnormalized":
+            rows = [reweight_log_prob(x[None], p[None], reading=reference.reading)[0]
+                    for x, p in zip(output["log_probs"], phi)]  # fmt: skip
             output["log_probs"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        output[PHI] = phi.cpu()  # for the loss to log
         return output
 
 
