@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rapo_verl.data.prepare import render
+from rapo_verl.data.chat import render
 from rapo_verl.evaluation.spec import PlanError, Problem
 
 # End tokens of chat formats. Base models of the Qwen family end with one that their config does not name.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rapo_verl import Refused
-from rapo_verl.data.layouts import DataError, read_records
+from rapo_verl.data.sources import DataError, read_records
 from rapo_verl.run.seeds import sampling_seed
 
 FORMAT = "rapo_verl.evaluation/1"
