@@ -7,9 +7,10 @@ What the head returns of a micro-batch, for its response tokens alone, is told b
 * the reference's `FIELDS`, of the actor's pass: beside ``log_probs`` and ``entropy`` the ``forward_kl``. veRL's own
   head is not run beside it: it divides and overwrites the logits that a KL would have saved.
 
-Any other micro-batch goes through veRL's code untouched. An engine that was told to `use_linear_head` makes no logits
-at all: what veRL's fused kernels do at one temperature for all samples, `rapo_verl.method.linear_head` does at one for
-each.
+Any other micro-batch goes through veRL's code untouched, unless ``rapo.head`` puts ours into every pass: policy and
+old policy then come from one function, and their first ratio is 1 to the last bit. An engine that was told to
+`use_linear_head` makes no logits at all: what veRL's fused kernels do at one temperature for all samples,
+`rapo_verl.method.linear_head` does at one for each.
 """
 
 import functools
@@ -30,11 +31,6 @@ from rapo_verl.run.head_config import logit_changes
 
 # The reweighted reference of each response token, jagged (batch, response[, k]): a `Target`.
 FIELDS = ("rapo_ids", "rapo_log_prob", "rapo_log_tail")
-
-
-def asks_for_head(micro_batch: TensorDict) -> bool:
-    """Whether a micro-batch asks for what veRL's head does not have."""
-    return "rapo_top_k" in micro_batch or FIELDS[0] in micro_batch
 
 
 def response_positions(sequences: Any, responses: Any) -> torch.Tensor:
@@ -91,10 +87,12 @@ def run_head(
         nodes = phi_nodes(tu.get_non_tensor_data(micro_batch, "rapo_phi_min", default=None))
         tokens = reference_tokens(logits, labels, k=k or _whole_vocabulary(logits, group), nodes=nodes, **options)
         return {"log_probs": tokens.label_log_prob, **dict(zip(FIELDS, tokens[1:]))}
-    target = Target(*(micro_batch[name].values()[token] for name in FIELDS))
+    target = Target(*(micro_batch[name].values()[token] for name in FIELDS)) if FIELDS[0] in micro_batch else None
     # Nothing reads a model's logits after us; an operation that had saved them would stop with an error of autograd's.
     out = head(logits, labels, target=target, gradient_in_place=True, **options)
-    found = {"log_probs": out.log_prob, "forward_kl": out.forward_kl}
+    found = {"log_probs": out.log_prob}
+    if target is not None:
+        found["forward_kl"] = out.forward_kl
     if tu.get_non_tensor_data(micro_batch, "calculate_entropy", default=False):
         found["entropy"] = out.entropy
     return found
@@ -140,7 +138,14 @@ def check_linear(config: Any, bias: Any) -> None:
 class HeadSwitch:
     """What `worker` may tell an engine of ours once its model is built; stands before veRL's engine."""
 
+    own_head = False  # whether each pass takes RAPO's, also where veRL's would do
     _linear = False
+
+    def takes_own_head(self, micro_batch: TensorDict) -> bool:
+        """Whether a micro-batch's logits go to RAPO's head."""
+        if "rapo_top_k" in micro_batch or FIELDS[0] in micro_batch:
+            return True
+        return self.own_head and not self._linear
 
     def use_linear_head(self) -> None:
         """Let every pass of this engine, which has none with a gradient, go from hidden states to log-probs."""
@@ -204,7 +209,7 @@ class RapoFSDPEngine(HeadSwitch, FSDPEngineWithLMHead):
     ) -> dict:
         """Return the model's outputs of a micro-batch, jagged (batch, prompt + response[, ...])."""
         # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1330: its head has no place for a KL of ours.
-        if not asks_for_head(micro_batch):
+        if not self.takes_own_head(micro_batch):
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         logits = output.logits
         if isinstance(logits, DTensor):

@@ -48,12 +48,13 @@ def validation_pass_at_k(
 class RapoTrainerMixin(SurvivalMixin, PPOTrainer):
     """What every trainer of ours does in any of veRL's v1 trainers; RAPO itself where the mode's name asks for it.
 
-    ``trainer.v1.trainer_mode=rapo_<mode>`` puts RAPO's worker in veRL's place; ``<mode>`` alone trains as veRL does.
+    ``trainer.v1.trainer_mode=rapo_<mode>`` puts RAPO's worker in veRL's place, as ``rapo.head=fast`` does; ``<mode>``
+    alone trains as veRL does.
     """
 
     def __init__(self, config: DictConfig):
         mode = config.trainer.v1.trainer_mode
-        self._rapo = mode.startswith(RAPO_PREFIX)
+        self._rapo = mode.startswith(RAPO_PREFIX) or config.rapo.head == "fast"
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:153, 731, 902, 912, 1004, 1499 compare this name to decide on
         # buffers and checkpoints; ours ends with the lookup of the class.
         with open_dict(config):
