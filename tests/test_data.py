@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
@@ -113,6 +114,15 @@ ROWS = {
         {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answer": "y"},
         ("q\n(A) x\n(B) y", "B", None, None),
     ),
+    "MathQA": (
+        {"Problem": "q", "Rationale": "r", "options": "a ) 38 , b ) 27.5", "correct": "a"},
+        ("q\na ) 38 , b ) 27.5", "A", None, None),
+    ),
+    "ARC, its own column": (
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+        ("q\n(1) x\n(2) y", "2", None, None),
+    ),
+    "a decimal of parquet": ({"question": "q", "answer": Decimal("1.50")}, ("q", "1.50", None, None)),
     "MMLU as csv": (
         {"question": "q", "A": "x", "B": "y", "C": "z", "D": "w", "answer": "C"},
         ("q\n(A) x\n(B) y\n(C) z\n(D) w", "C", None, None),
@@ -152,6 +162,7 @@ def test_every_layout_is_read(name):
         ({"answer": "2 and 3 make <<2+3=5>>5 apples"}, "a whole solution"),
         ({"answer": "word " * 30}, "a whole solution"),
         ({"answer": "1", "image": {"bytes": "x"}}, "needs an image"),
+        ({"question": "What is <image_1>?", "answer": "1"}, "needs an image"),
         ({"answer": "7", "choices": ["1", "2"]}, "answer is none of its choices: '7'"),
         ({"answer": 2, "choices": ["1", "2", "3"]}, "answer is several of its choices: 2"),
         ({"question": 5, "answer": "1"}, "question is no text: 5"),

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,7 +24,9 @@ LAYOUTS = (
     ("problem", "answer"),  # MATH-500, AIME, NuminaMath 1.5
     ("prompt", "answer"),
     ("question", "correct"),  # AQuA
+    ("problem", "correct"),  # MathQA
     ("question", "label"),  # AGIEval
+    ("question", "answerkey"),  # ARC
     ("problem", "solution"),  # MATH, NuminaMath: the last box of the solution
 )
 _CONTEXTS = ("passage", "context", "body")
@@ -137,6 +140,8 @@ def _question_and_answer(record: Record, asked: str, answered: str) -> tuple[str
             answer = answer.get("ground_truth") if isinstance(answer, dict) else None
     elif not isinstance(question, str):
         raise RowError("question is no text", f": {question!r:.60}")
+    if "<image" in question:
+        raise RowError("needs an image")
     context = next((value for key in _CONTEXTS if isinstance(value := record.get(key), str) and value.strip()), None)
     if context is not None and context.strip() not in question:
         question = f"{context.strip()} {question}"
@@ -172,7 +177,7 @@ def _answer(value: Any, *, worked: bool = False) -> str:
         return answers.pop() if answers else ""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
         raise RowError("answer is neither text nor a number", f": {value!r:.60}")
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)

@@ -18,7 +18,8 @@ _MEANINGLESS = re.compile(
 # "\\frac12", as TeX reads it.
 _FRACTION = re.compile(r"\\[dt]?frac ?([0-9]) ?([0-9])")
 # A dot or comma between digits is part of a number.
-_PUNCTUATION = re.compile(r"[\s;:?!~{}]+|(?<![0-9])[.,]|[.,](?![0-9])")
+_POINTS = re.compile(r"(?<![0-9])[.,]|[.,](?![0-9])")
+_PUNCTUATION = str.maketrans("", "", ";:?!~{}")
 _WORDS = re.compile(r"\\?[a-z]+|[0-9]+(?:[.,][0-9]+)*|[^\s\w{}.,;:?!~]")
 _NUMBERS = re.compile(r"[0-9]+(?:[.,][0-9]+)*")
 # Of a held-out question this many runs are kept, those of the smallest hashes, and this share must be in another one.
@@ -36,7 +37,7 @@ def normalized(question: str) -> str:
 
 
 def _squeezed(plain: str) -> str:
-    return _PUNCTUATION.sub("", plain)
+    return _POINTS.sub("", "".join(plain.split()).translate(_PUNCTUATION))
 
 
 @lru_cache(maxsize=1 << 16)

@@ -155,7 +155,7 @@ def _findings(problem: Problem, kinds: Iterable[tuple[str, str | None]]) -> list
 def _nothing(problem: Problem) -> tuple[str, str] | None:
     if not normalize(problem.answer):
         return "empty answer", ""
-    return None if normalized(problem.question) else ("empty question", "")
+    return None if any(map(str.isalnum, problem.question)) else ("empty question", "")
 
 
 def _corruptions(problem: Problem) -> Iterator[tuple[str, str | None]]:
