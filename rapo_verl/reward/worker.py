@@ -16,10 +16,22 @@ import socket
 import sys
 from multiprocessing.connection import Connection
 
+from sympy import PolynomialError
+
 from rapo_verl.reward.answer import normalize
 from rapo_verl.reward.equality import equal, kind_of
 
 _PR_SET_PDEATHSIG = 1
+# What sympy raises on two things that it cannot bring together; PolynomialError is no ValueError.
+_INCOMPARABLE = (
+    ArithmeticError,
+    AttributeError,
+    NotImplementedError,
+    PolynomialError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 # Parsed before the first fork: they fill the parser's tables, which every worker then shares.
 _WARM_UP = (
     r"\frac{\sqrt{2}}{2}",
@@ -39,7 +51,10 @@ _WARM_UP = (
 def compare(gold: str, box: str, strictness: str) -> bool:
     """Return whether two answers are equal, or whether math-verify says so if it is to be itself."""
     if strictness != "math_verify":
-        return equal(normalize(gold), normalize(box))
+        try:
+            return equal(normalize(gold), normalize(box))
+        except _INCOMPARABLE:
+            return False
     from math_verify import LatexExtractionConfig, parse, verify
 
     # Boxed, since math-verify finds nothing in a bare "\\frac34" or "(4,-2,3)".
