@@ -170,7 +170,7 @@ class RapoFSDPEngine(HeadSwitch, FSDPEngineWithLMHead):
         """Return veRL's inputs of the model, and what it needs afterwards."""
         if not self._linear:
             return super().prepare_model_inputs(micro_batch)
-        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1162 allows its fused kernels one temperature.
+        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1162: allows its fused kernels one temperature.
         plain = micro_batch.copy()
         tu.assign_non_tensor(plain, use_fused_kernels=False)
         inputs, output_args = super().prepare_model_inputs(plain)
@@ -178,7 +178,8 @@ class RapoFSDPEngine(HeadSwitch, FSDPEngineWithLMHead):
         return inputs, output_args
 
     def _forward(self, model: Any, **inputs: Any) -> Any:
-        """Return what veRL's fused forward does (verl 0.9.1 models/transformers/dense_common.py:82)."""
+        """Return what veRL's fused forward does, from our head."""
+        # verl 0.9.1 models/transformers/dense_common.py:82: its form of output, which the engine reads.
         from verl.models.transformers.dense_common import CausalLMOutputForPPO
 
         log_probs, entropy = model.get_output_embeddings()(model.base_model(**inputs)[0])
@@ -208,7 +209,7 @@ class RapoFSDPEngine(HeadSwitch, FSDPEngineWithLMHead):
         self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict:
         """Return the model's outputs of a micro-batch, jagged (batch, prompt + response[, ...])."""
-        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1330: its head has no place for a KL of ours.
+        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1332: its head has no place for a KL of ours.
         if not self.takes_own_head(micro_batch):
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         logits = output.logits
@@ -219,6 +220,7 @@ class RapoFSDPEngine(HeadSwitch, FSDPEngineWithLMHead):
         flat = logits.squeeze(0) if real is None else logits.flatten(0, 1)
         found = run_head(flat, labels, temperature, index, micro_batch)
         if real is None:
+            # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:680: undoes its own padding and sequence parallelism.
             found = {k: self._gather_and_unpad_packed(value, output_args["pad_size"]) for k, value in found.items()}
         else:
             found = {name: value[real] for name, value in found.items()}
@@ -230,7 +232,7 @@ class CpuFSDPEngine(RapoFSDPEngine):
     """FSDP2 on gloo; the reference is not "offloaded to the CPU", where it already is."""
 
     def _build_fsdp_module(self, module: Any) -> Any:
-        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:459 gives every forward-only model
+        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:459: gives every forward-only model
         # CPUOffloadPolicy(pin_memory=True); pinned memory needs an accelerator.
         forward_only, self.engine_config.forward_only = self.engine_config.forward_only, False
         try:

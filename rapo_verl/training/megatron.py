@@ -93,6 +93,7 @@ class RapoMegatronEngine(HeadSwitch, MegatronEngineWithLMHead):
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
         """Return veRL's output, remembering the losses of the micro-batches of an update."""
+        # verl 0.9.1 workers/engine/megatron/transformer_impl.py:834: has the losses, which optimizer_step has not.
         output = super().forward_backward_batch(data, loss_function, forward_only)
         if not forward_only:
             self._losses = output.get("loss")  # on the last pipeline stage, whose error then names them
@@ -104,9 +105,8 @@ class RapoMegatronEngine(HeadSwitch, MegatronEngineWithLMHead):
         Raises:
             FloatingPointError: a gradient is NaN or infinite; nothing was changed.
         """
-        # verl 0.9.1 workers/engine/megatron/transformer_impl.py:693 steps whatever the norm is (its FSDP engine skips,
-        # workers/engine/fsdp/transformer_impl.py:823), and Megatron looks for infinities only where it scales an fp16
-        # loss.
+        # verl 0.9.1 workers/engine/megatron/transformer_impl.py:693: steps whatever the norm is (its FSDP
+        # engine skips), and Megatron looks for infinities only where it scales an fp16 loss.
         self._updates += 1
         norms = torch.stack(
             [

@@ -42,6 +42,7 @@ class RapoWorker(DetachActorWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Build veRL's models, then put RAPO's loss in place of veRL's."""
+        # verl 0.9.1 workers/engine_workers.py:539: builds the engines, with no setting for the loss.
         super().init_model()
         fused = self.config.model.get("use_fused_kernels") and self.rapo.per_sample_temperature
         for worker in filter(None, (self.actor, self.ref)):
@@ -74,6 +75,7 @@ class RapoWorker(DetachActorWorker):
         Returns:
             veRL's output, or None on ranks without outputs.
         """
+        # verl 0.9.1 workers/engine_workers.py:696: the same pass, at one temperature for all.
         return self._reweighted(super().compute_ref_log_prob, data)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
