@@ -75,6 +75,7 @@ ROWS = {
     "id, problem, answer": ({"id": "60", "problem": "q", "answer": "1", "url": "u"}, ("q", "1", None, None)),
     "question, answer": ({"question": "q", "answer": "1"}, ("q", "1", None, None)),
     "prompt, answer": ({"prompt": "q", "answer": "1"}, ("q", "1", None, None)),
+    "None, which MATH has": ({"question": "q", "answer": "None"}, ("q", "None", None, None)),
     "GSM8K": ({"question": "q", "answer": "2+3=<<2+3=5>>5 apples.\n#### 1,005"}, ("q", "1,005", None, None)),
     "Minerva": ({"question": "q", "answer": ["9.6\n"]}, ("q", "9.6", None, None)),
     "a list as text": ({"question": "q", "answer": "['9.6\\n']"}, ("q", "9.6", None, None)),
@@ -176,7 +177,7 @@ def test_row_that_cannot_be_used_says_why(row, said):
     assert said in "".join(problem.fault) and (problem.question, problem.answer) == ("", "")
 
 
-@pytest.mark.parametrize("answer", [float("nan"), None, "", " ", "nan", "None", [], "proof", ["NaN"]])
+@pytest.mark.parametrize("answer", [float("nan"), None, "", " ", "nan", "null", [], "proof", ["NaN"]])
 def test_no_answer_is_none_of_these_words(answer):
     assert to_problems([{"question": "q", "answer": answer}], "set")[0][0].answer == ""
 

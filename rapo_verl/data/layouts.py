@@ -33,8 +33,8 @@ _CONTEXTS = ("passage", "context", "body")
 _CHOICES = ("options", "choices")
 _IDS = ("unique_id", "id", "idx", "problem_id")
 _SUBJECTS = ("subject", "type", "subfield", "problem_type")
-# What stands for an answer where there is none.
-_NO_ANSWERS = {"nan", "none", "null", "n/a", "proof", "notfound"}
+# What stands for an answer where there is none; "None" is the answer of some problems of MATH.
+_NO_ANSWERS = {"nan", "null", "n/a", "proof", "notfound"}
 # A worked solution in place of its result: GSM8K's calculator, or this many words.
 _CALCULATION = re.compile(r"<<[^<>]*=[^<>]*>>")
 _WORD = re.compile(r"(?<![\\a-zA-Z])[A-Za-z]{2,}")
