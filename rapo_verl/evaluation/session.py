@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import datetime
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -56,12 +55,7 @@ class Subject:
             shard=shard,
             versions=_versions(),
         )
-        notes = {
-            "model": self.model,
-            "weights": str(self.folder),
-            "commit": str(git_commit()),
-            "date": datetime.date.today().isoformat(),
-        }
+        notes = {"model": self.model, "weights": str(self.folder), "commit": str(git_commit())}
         return Draw(plan, Store.create(out, plan, notes))
 
 
