@@ -12,10 +12,10 @@ dry=
 [[ ${1:-} != --dry-run ]] || { dry=1; shift; }
 env_file=${RAPO_ENV_FILE:-slurm/env}
 [[ -r $env_file ]] || { echo "no $env_file: cp slurm/env.example slurm/env and fill it in" >&2; exit 2; }
-set -a
+set -a +eu
 # shellcheck source=/dev/null
 source "$env_file"
-set +a
+set +a -eu
 base=Qwen/Qwen2.5-${size^^}
 for set in aime24 aime25; do
     [[ -n $dry || -r data/$set.parquet ]] || {

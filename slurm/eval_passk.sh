@@ -20,5 +20,5 @@ data=(--data "$clone"/data/aime24.parquet "$clone"/data/aime25.parquet)
 for file in "${data[@]:1}"; do
     [[ -r $file ]] || { echo "no $file: rapo data prepare aime24 aime25 --model $model --out $clone/data" >&2; exit 2; }
 done
-part=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))/${SLURM_ARRAY_TASK_COUNT:-1}
+part=$("$clone/slurm/part.sh" "$out") || exit
 exec "$clone/slurm/launch.sh" eval generate --model "$model" --out "$out" "${data[@]}" --ray auto --part "$part" "$@"

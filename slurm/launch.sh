@@ -22,6 +22,27 @@ on_cancel() { cancelled=1; }
 say() { echo "[$(date +%T)] rapo: $*"; }
 refuse() { say "refused: $*" >&2; exit "$REFUSED"; }
 
+# The Unix time at which Slurm ends this job; nothing where it does not say, or says what is no time to come.
+deadline() {
+    local job=$SLURM_JOB_ID end
+    # The number of an array's last task is that of the array, too.
+    [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    end=$(SLURM_TIME_FORMAT=standard squeue -h -j "$job" -o %e 2>/dev/null) || return 0
+    [[ $end =~ ^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}$ ]] || return 0
+    end=$(date -d "$end" +%s) && ((end > $(date +%s))) || return 0
+    echo "$end"
+}
+
+# What is usual in a shell's start-up (`module load`, an unset LD_LIBRARY_PATH, a false last line) must not end the job.
+read_facts() {
+    trap 'say "$1 has left the shell: is there an \`exit\` in it?" >&2; exit "$REFUSED"' EXIT
+    set -a +eu
+    # shellcheck source=/dev/null
+    source "$1"
+    set +a +x -eu -o pipefail
+    trap - EXIT
+}
+
 # In a function, which bash reads whole before it runs a line: a `git pull` cannot change a job that runs.
 main() {
     trap on_stop_signal USR1
@@ -33,14 +54,18 @@ main() {
     secrets=$(dirname "$env_file")/secrets
     [[ -z $(find -L "$env_file" -perm /022) ]] || refuse "others can write $env_file, which is run as code: chmod go-w $env_file"
     [[ ! -e $secrets || -z $(find -L "$secrets" -perm /077) ]] || refuse "others can read $secrets: chmod 600 $secrets"
-    set -a
-    # shellcheck source=/dev/null
-    source "$env_file"
-    # shellcheck source=/dev/null
-    [[ ! -e $secrets ]] || source "$secrets"
-    set +a
+    for file in "$env_file" "$secrets"; do
+        [[ -e $file ]] || continue
+        bash -n "$file" || refuse "$file is no shell code, see above"
+        ! grep -q $'\r' "$file" || refuse "$file has the line ends of Windows: sed -i 's/\r$//' $file"
+        read_facts "$file"
+    done
 
     problems=()
+    number() { [[ ${!1:-0} =~ ^[0-9]+$ ]] || problems+=("$1=${!1} is no whole number"); }
+    for name in JOIN_SECONDS LOST_SECONDS END_SECONDS MAX_REQUEUES RAY_CPUS OBJECT_STORE_BYTES; do
+        number "RAPO_$name"
+    done
     need() { [[ -n ${!1:-} ]] || problems+=("$1 is not set: $2"); }
     need RAPO_RUNS "absolute path of a folder that every node sees, for runs and their logs"
     need RAPO_RUNTIME "venv, apptainer or pyxis"
@@ -71,10 +96,20 @@ main() {
 
     # --- this job ---
     attempt=${SLURM_RESTART_COUNT:-0}
-    run_dir=''
-    for argument in "$@"; do [[ $argument != run_dir=* ]] || run_dir=${argument#run_dir=}; done
-    [[ $1 != train || -n $run_dir ]] || set -- "$@" "run_dir=$RAPO_RUNS/$SLURM_JOB_NAME"
-    run_dir=${run_dir:-$RAPO_RUNS/$SLURM_JOB_NAME}
+    run_dir='' sampling=0
+    for argument in "$@"; do
+        case $argument in
+            run_dir=\'*\' | run_dir=\"*\") run_dir=${argument:9:-1} ;;
+            run_dir=*) run_dir=${argument#run_dir=} ;;
+            actor_rollout_ref.rollout.nnodes=*) sampling=${argument#*=} ;;
+        esac
+    done
+    if [[ -z $run_dir ]]; then
+        run_dir=$RAPO_RUNS/${SLURM_JOB_NAME//\//_}
+        # Between single quotes Hydra takes everything as it is, but these.
+        [[ $1 != train ]] || set -- "$@" "run_dir='${run_dir//\'/\\\'}'"
+    fi
+    [[ $run_dir != *\$\{* ]] || refuse "run_dir=$run_dir: \${ begins an interpolation; give the job another name: -J NAME"
     [[ $run_dir == /* ]] || refuse "run_dir=$run_dir is relative: every node would have its own"
     export RAPO_STATE=$run_dir/slurm/$SLURM_JOB_ID.$attempt RAPO_TAG=$SLURM_JOB_ID-$attempt RAPO_DRY_RUN=${DRY_RUN:-}
     mkdir -p "$RAPO_STATE"
@@ -95,15 +130,19 @@ main() {
     export RAPO_HOSTS="${hosts[*]}" RAPO_GPUS_PER_NODE=${RAPO_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
     [[ $RAPO_GPUS_PER_NODE =~ ^[1-9][0-9]*$ ]] ||
         refuse "no GPUs in this job: #SBATCH --gpus-per-node, or RAPO_GPUS_PER_NODE=1 in $env_file for a run on processors"
-    [[ $1 != train ]] ||
-        set -- "$@" "trainer.nnodes=$SLURM_JOB_NUM_NODES" "trainer.n_gpus_per_node=$RAPO_GPUS_PER_NODE"
+    # Before the user's own overrides, which win. A trainer that samples on nodes of its own leaves them free.
+    if [[ $1 == train ]]; then
+        [[ $sampling =~ ^[0-9]+$ && $sampling -lt $SLURM_JOB_NUM_NODES ]] ||
+            refuse "actor_rollout_ref.rollout.nnodes=$sampling leaves the trainer none of $SLURM_JOB_NUM_NODES node(s)"
+        set -- train "trainer.nnodes=$((SLURM_JOB_NUM_NODES - sampling))" \
+            "trainer.n_gpus_per_node=$RAPO_GPUS_PER_NODE" "${@:2}"
+    fi
 
     # Ray's API runs code as this user: it takes a token, and its dashboard listens on loopback only.
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAPO_STATE/token
     head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH"
     head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAPO_STATE/canary"
-    end=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null || true)
-    RAPO_DEADLINE=$(date -d "$end" +%s 2>/dev/null || true)
+    RAPO_DEADLINE=$(deadline)
     export RAPO_DEADLINE RAPO_STOP_FILE=$RAPO_STATE/stop PYTHONPATH=$clone${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
     export RAPO_JOIN_SECONDS=${RAPO_JOIN_SECONDS:-300}
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rapo_verl.cluster import board
+from rapo_verl.cluster import board, checks
 from rapo_verl.cluster.board import Board
 from rapo_verl.cluster.checks import check_node, disagreements
+from rapo_verl.cluster.facts import Facts
 from rapo_verl.cluster.ray_node import BLOCK, FIRST_PORT, SLOTS, RayNodeError, claim_ports, node_ip, ray_folder
 from rapo_verl.run import names as codes
 
@@ -29,7 +30,8 @@ def test_first_verdict_stands(tmp_path):
 
 
 def test_silent_node_is_noticed_by_its_unchanged_beat(tmp_path, monkeypatch):
-    monkeypatch.setattr(board, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(board, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(board, "NODES_A_SECOND", 100)
     first, second = boards(tmp_path)
     second.beat()
     assert first.silent(0.2) == []
@@ -52,7 +54,7 @@ def test_ports_of_a_job_pass_over_what_is_taken(tmp_path):
 
 def test_long_folder_and_loopback_address_are_refused(monkeypatch):
     with pytest.raises(RayNodeError, match="RAPO_NODE_TMP"):
-        ray_folder("/a/very/long/path/for/the/local/scratch/of/a/node", "123456-0")
+        ray_folder(Path("/a/very/long/path/for/the/local/scratch/of/a/node"), "123456-0")
     monkeypatch.setenv("SLURMD_NODENAME", "localhost")
     with pytest.raises(RayNodeError, match="RAPO_INTERFACE"):
         node_ip(None)
@@ -66,22 +68,76 @@ def test_nodes_that_disagree_are_named():
         {"what": "vllm", "found": "2", "ok": True, "mend": ""},
         {"what": "x", "found": "y", "ok": False, "mend": "z"},
     ]
-    found = {(f.host, f.what, f.found, f.mend) for f in disagreements({"n1": rows, "n2": rows, "n3": other})}
-    assert found == {("n3", "vllm", "2", "the other nodes have 1"), ("n3", "x", "y", "z")}
+    found = {(f.what, f.found, f.mend) for f in disagreements({"n1": rows, "n2": rows, "n3": other})}
+    assert found == {("n3: vllm", "2", "the other nodes have 1"), ("n3: x", "y", "z")}
     assert disagreements({"n1": rows, "n2": rows}) == []
 
 
 def test_node_check_is_fast_and_sees_a_folder_it_cannot_write(monkeypatch, tmp_path):
     monkeypatch.setenv("RAPO_INTERFACE", "lo")
     start = time.monotonic()
-    names = {finding.what for finding in check_node(tmp_path)}
+    names = {finding.what for finding in check_node(Facts.read(), tmp_path)}
     assert {"python", "verl", "ray", "address", "open files", "run folder: free disk"} <= names
     # It runs on every node before anything else: no torch, no verl, no Ray. Generous for a busy machine.
     assert time.monotonic() - start < 20
-    bad = [finding for finding in check_node(tmp_path / "gone") if finding.what == "run folder"]
+    bad = [finding for finding in check_node(Facts.read(), tmp_path / "gone") if finding.what == "run folder"]
     assert len(bad) == 1 and not bad[0].ok
 
 
 def test_node_check_imports_nothing_heavy():
     code = "import sys, rapo_verl.cluster.node; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'verl')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_hundred_nodes_leave_the_shared_folder_alone(tmp_path, monkeypatch):
+    clock, reads = [1000.0], []
+    monkeypatch.setattr(board.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(board, "write_atomic", lambda path, text: path.write_text(text))
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: reads.append(path) or read(path))
+    nodes, seconds = boards(tmp_path, 100), 60
+    for _ in range(seconds):
+        clock[0] += 1
+        for node in nodes:
+            if node.beat():
+                node.verdict()
+                assert node.silent(120) == []
+    # A beat of each and the verdict, once in 6.25 s; the first node reads all beats: 47 a second, where 3,333 were.
+    assert len(reads) / seconds < 60
+
+
+def test_what_is_told_once_is_read_once(tmp_path, monkeypatch):
+    first, second = boards(tmp_path)
+    second.write("joined.1", 8)
+    assert first.told("joined") == {1: 8}
+    monkeypatch.setattr(Path, "read_text", lambda path: pytest.fail(f"{path} is read again"))
+    assert first.told("joined") == {1: 8}
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("sleep 60", "nvidia-smi hangs (1 s)"),
+        ("trap '' TERM; while :; do sleep 1; done", "nvidia-smi hangs (1 s)"),
+        ("exit 0", "nvidia-smi ended with 0"),
+        ("echo 'No devices were found'", "No devices were found"),
+        ("echo Failed to initialize NVML; exit 18", "Failed to initialize NVML"),
+        ("echo '580.65, NVIDIA H100, [N/A]'", None),
+        ("echo '580.65, NVIDIA H100, 3'", None),
+    ],
+)
+def test_whatever_nvidia_smi_does_is_a_line_of_the_table(tmp_path, monkeypatch, script, said):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/bash\n{script}\n")
+    smi.chmod(0o755)
+    monkeypatch.setattr(checks, "SMI_SECONDS", 1)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("RAPO_GPUS_PER_NODE", "1")
+    wrong = {f.what: f.found for f in check_node(Facts.read()) if not f.ok and f.what.startswith(("driver", "GPU"))}
+    assert wrong == ({} if said is None else {"driver": said})
+
+
+def test_check_that_fails_itself_is_what_it_found(monkeypatch):
+    monkeypatch.setenv("RAPO_INTERFACE", "nope0")
+    (wrong,) = (f for f in check_node(Facts.read()) if f.what == "address")
+    assert not wrong.ok and "no IPv4 address" in wrong.found

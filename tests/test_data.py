@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from rapo_verl.cli import app
-from rapo_verl.data.layouts import HUB, LAYOUTS, DataError, layout_of, read_records, to_problems
-from rapo_verl.data.prepare import INSTRUCTION, SCHEMA, messages, prepare, questions_of, render, show
-from rapo_verl.data.validate import normalized
+from rapo_verl.data.chat import INSTRUCTION, messages, render
+from rapo_verl.data.layouts import to_problems
+from rapo_verl.data.overlap import HeldOut, aime_keys, normalized
+from rapo_verl.data.prepare import SCHEMA, held_out, prepare, show
+from rapo_verl.data.sources import HUB, DataError, read_records
 from rapo_verl.reward import Verifier, VerifierSettings
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -39,37 +43,157 @@ def card_of(parquet):
     return json.loads(parquet.with_suffix(".card.json").read_text())
 
 
-RECORDS = {
-    "MATH-500 (HuggingFaceH4)": {
-        "problem": "q", "solution": "s", "answer": "1", "unique_id": "t/1.json", "level": 5, "subject": "Algebra",
-    },
-    "MATH (hendrycks: boxed solutions)": {
-        "problem": "q", "solution": "so $\\boxed{1}$", "level": "Level 5", "type": "Algebra",
-    },
-    "SimpleRL, indexed": {"idx": 0, "question": "q", "answer": "1", "level": 5, "subject": "Algebra"},
-    "SimpleRL-Zoo (hkust-nlp; its pre-rendered prompt is not used)": {
-        "question": "q", "gt_answer": "1", "level": 5, "prompt": "<|im_start|>",
-    },
-    "AIME (Maxwell-Jia: ID, Problem, Answer)": {"ID": "2024-I-1", "Problem": "q", "Solution": "s", "Answer": 1},
-    "id, problem, answer": {"id": "60", "problem": "q", "answer": "1", "url": "u"},
-    "problem, answer": {"problem": "q", "answer": "1"},
-    "question, answer": {"question": "q", "answer": "1"},
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its "
+    'own line after "Answer:".'
+)
+VERL = "{} Let's think step by step and output the final answer within \\boxed{{}}."
+
+
+def verl_row(prompt, gold, **extra):
+    return {"data_source": "x", "prompt": prompt, "reward_model": {"style": "rule", "ground_truth": gold}, **extra}
+
+
+# Rows in the manner of published sets, and what must be read of them: question, answer, level, subject.
+ROWS = {
+    "MATH-500": (
+        {"problem": "q", "solution": "s", "answer": "1", "unique_id": "t/1.json", "level": 5, "subject": "Algebra"},
+        ("q", "1", 5, "Algebra"),
+    ),
+    "MATH": (
+        {"problem": "q", "solution": "so $\\boxed{1}$", "level": "Level 5", "type": "Algebra"},
+        ("q", "1", 5, "Algebra"),
+    ),
+    "MATH, level unknown": ({"problem": "q", "solution": "\\boxed{1}", "level": "Level ?"}, ("q", "1", None, None)),
+    "SimpleRL": (
+        {"idx": 0, "question": "q", "answer": "1", "level": 5, "subject": "Algebra"},
+        ("q", "1", 5, "Algebra"),
+    ),
+    "SimpleRL-Zoo": ({"question": "q", "gt_answer": "1", "level": 5, "prompt": "<|im_start|>"}, ("q", "1", 5, None)),
+    "AIME": ({"ID": "2024-I-1", "Problem": "q", "Solution": "s", "Answer": 1}, ("q", "1", None, None)),
+    "id, problem, answer": ({"id": "60", "problem": "q", "answer": "1", "url": "u"}, ("q", "1", None, None)),
+    "question, answer": ({"question": "q", "answer": "1"}, ("q", "1", None, None)),
+    "prompt, answer": ({"prompt": "q", "answer": "1"}, ("q", "1", None, None)),
+    "None, which MATH has": ({"question": "q", "answer": "None"}, ("q", "None", None, None)),
+    "GSM8K": ({"question": "q", "answer": "2+3=<<2+3=5>>5 apples.\n#### 1,005"}, ("q", "1,005", None, None)),
+    "Minerva": ({"question": "q", "answer": ["9.6\n"]}, ("q", "9.6", None, None)),
+    "a list as text": ({"question": "q", "answer": "['9.6\\n']"}, ("q", "9.6", None, None)),
+    "a boxed answer": ({"question": "q", "answer": "$\\boxed{\\frac12}$"}, ("q", "\\frac12", None, None)),
+    "float that is whole, level 3.0": ({"question": "q", "answer": 145.0, "level": 3.0}, ("q", "145", 3, None)),
+    "float": ({"question": "q", "answer": 0.5, "level": "3.0"}, ("q", "0.5", 3, None)),
+    "23 digits of level": ({"question": "q", "answer": 1, "level": 10**23}, ("q", "1", None, None)),
+    "e-notation": ({"question": "q", "answer": "6.63e-34"}, ("q", "6.63\\times10^{-34}", None, None)),
+    "e-notation of a number": ({"question": "q", "answer": 1e33}, ("q", "1\\times10^{33}", None, None)),
+    "OlympiadBench": (
+        {"id": 1, "question": "q", "final_answer": ["$1$"], "is_multiple_answer": False, "subfield": "A"},
+        ("q", "$1$", None, "A"),
+    ),
+    "OlympiadBench, several answers": (
+        {"question": "q", "final_answer": ["1", "2"], "is_multiple_answer": True, "context": "c."},
+        ("c. q", "1, 2", None, None),
+    ),
+    "SVAMP": (
+        {"ID": "c-1", "Body": "Has 5.", "Question": "q?", "Answer": 145.0, "Type": "Sum"},
+        ("Has 5. q?", "145", None, "Sum"),
+    ),
+    "ASDiv": ({"body": "Seven.", "question": "q?", "answer": "9 (apples)"}, ("Seven. q?", "9", None, None)),
+    "AQuA": (
+        {"question": "q", "options": ["A)21", "B)21.5"], "rationale": "r", "correct": "B"},
+        ("q\n(A) 21\n(B) 21.5", "B", None, None),
+    ),
+    "AGIEval": (
+        {"passage": None, "question": "q", "options": ["(A)1/2", "(B)2"], "label": "B", "answer": None},
+        ("q\n(A) 1/2\n(B) 2", "B", None, None),
+    ),
+    "SAT": ({"question": "q", "options": "A) 2 B) 4", "Answer": "B"}, ("q\nA) 2 B) 4", "B", None, None)),
+    "MMLU": (
+        {"question": "q", "choices": ["x", "y"], "answer": 1, "subject": "algebra"},
+        ("q\n(A) x\n(B) y", "B", None, "algebra"),
+    ),
+    "ARC": (
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answer": "y"},
+        ("q\n(A) x\n(B) y", "B", None, None),
+    ),
+    "MathQA": (
+        {"Problem": "q", "Rationale": "r", "options": "a ) 38 , b ) 27.5", "correct": "a"},
+        ("q\na ) 38 , b ) 27.5", "A", None, None),
+    ),
+    "ARC, its own column": (
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+        ("q\n(1) x\n(2) y", "2", None, None),
+    ),
+    "a decimal of parquet": ({"question": "q", "answer": Decimal("1.50")}, ("q", "1.50", None, None)),
+    "MMLU as csv": (
+        {"question": "q", "A": "x", "B": "y", "C": "z", "D": "w", "answer": "C"},
+        ("q\n(A) x\n(B) y\n(C) z\n(D) w", "C", None, None),
+    ),
+    "NuminaMath": ({"source": "s", "problem": "q", "solution": "so \\boxed{1}"}, ("q", "1", None, None)),
+    "NuminaMath 1.5": ({"problem": "q", "solution": "s", "answer": "1", "problem_type": "A"}, ("q", "1", None, "A")),
+    "OpenMathReasoning": ({"problem": "q", "expected_answer": "1"}, ("q", "1", None, None)),
+    "DAPO": (verl_row([{"role": "user", "content": DAPO.format("q")}], "1"), ("q", "1", None, None)),
+    "veRL's example": (
+        verl_row([{"role": "system", "content": "s"}, {"role": "user", "content": VERL.format("q")}], 1),
+        ("q", "1", None, None),
+    ),
+    "veRL's layout, a list of one as text": (
+        verl_row([{"role": "user", "content": "q"}], '["34"]', extra_info={"index": 3, "level": 2}),
+        ("q", "34", 2, None),
+    ),
+    "veRL's layout, prompt as text": (verl_row("q" + INSTRUCTION, "1"), ("q", "1", None, None)),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RECORDS)
-def test_every_layout_is_recognised_and_read(name):
-    problems, layout = to_problems([RECORDS[name]], "set")
-    assert layout.name == name
-    assert (problems[0].question, problems[0].answer) == ("q", "1")
-    assert problems[0].level in (None, 5) and problems[0].subject in (None, "Algebra") and problems[0].id
-    assert (problems[0].level == 5) == ("level" in RECORDS[name])
+@pytest.mark.parametrize("name", ROWS)
+def test_every_layout_is_read(name):
+    row, (question, answer, level, subject) = ROWS[name]
+    (problem,), layouts = to_problems([row], "set")
+    assert problem.fault is None and problem.id and layouts.total() == 1
+    assert (problem.question, problem.answer, problem.level, problem.subject) == (question, answer, level, subject)
 
 
-def test_every_layout_has_an_example_and_an_unknown_one_is_named():
-    assert set(RECORDS) == {layout.name for layout in LAYOUTS}
-    with pytest.raises(DataError, match="no known layout has the columns bar, foo"):
-        layout_of(["foo", "bar"])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"answer": True}, "answer is neither text nor a number: True"),
+        ({"answer": {"value": 1}}, "answer is neither text nor a number"),
+        ({"answer": ["1", "2"]}, "answer is a list; which of them counts is not said"),
+        ({"answer": [True]}, "answer is neither text nor a number"),
+        ({"answer": "['1', "}, "a list that cannot be read"),
+        ({"answer": "2 and 3 make <<2+3=5>>5 apples"}, "a whole solution"),
+        ({"answer": "word " * 30}, "a whole solution"),
+        ({"answer": "1", "image": {"bytes": "x"}}, "needs an image"),
+        ({"question": "What is <image_1>?", "answer": "1"}, "needs an image"),
+        ({"answer": "7", "choices": ["1", "2"]}, "answer is none of its choices: '7'"),
+        ({"answer": 2, "choices": ["1", "2", "3"]}, "answer is several of its choices: 2"),
+        ({"question": 5, "answer": "1"}, "question is no text: 5"),
+        ({"problem": "q", "question": None, "solution": "no box"}, "no box in its solution"),
+        (verl_row([{"role": "user", "content": [{"type": "image"}]}], "1"), "neither a text nor messages"),
+        (verl_row([{"role": r, "content": "q"} for r in ("user", "assistant", "user")], "1"), "several turns"),
+    ],
+)
+def test_row_that_cannot_be_used_says_why(row, said):
+    problem = to_problems([{"question": "q"} | row], "set")[0][0]
+    assert said in "".join(problem.fault) and (problem.question, problem.answer) == ("", "")
+
+
+@pytest.mark.parametrize("answer", [float("nan"), None, "", " ", "nan", "null", [], "proof", ["NaN"]])
+def test_no_answer_is_none_of_these_words(answer):
+    assert to_problems([{"question": "q", "answer": answer}], "set")[0][0].answer == ""
+
+
+def test_rows_of_several_layouts_are_each_read_and_an_unknown_file_is_named():
+    mixed = [{"question": "a"}, {"problem": "b", "answer": "2"}, {"question": "c", "answer": "3", "problem": None}]
+    problems, layouts = to_problems(mixed, "set")
+    assert [(p.question, p.answer) for p in problems] == [("", ""), ("b", "2"), ("c", "3")]
+    assert "no known columns: question" in "".join(problems[0].fault) and len(layouts) == 2
+    with pytest.raises(DataError, match=r"(?s)no known columns: bar, foo.*question, answer"):
+        to_problems([{"foo": 1, "bar": 2}], "set")
+
+
+def test_ids_without_ids_are_of_the_question_and_not_of_the_place():
+    one, other = (to_problems(records, "set")[0] for records in (rows(3), rows(3)[::-1]))
+    assert {p.id: p.question for p in one} == {p.id: p.question for p in other} and len({p.id for p in one}) == 3
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
@@ -173,8 +297,8 @@ def test_suspect_rows_refuse_an_evaluation_set_and_are_named_in_a_training_set(t
 
 def test_aime_answers_become_canonical_integers(tmp_path, verifier):
     answers = ["025", "336^\\circ", " 7 ", "$12$", "0"]
-    records = [{"id": f"2025-I-{i}", "problem": f"P{i}?", "answer": a} for i, a in enumerate(answers, 1)]
-    path = prepare(str(write(tmp_path / "aime25.jsonl", records)), tmp_path / "out", verifier=verifier)
+    records = [{"id": f"2023-I-{i}", "problem": f"P{i}?", "answer": a} for i, a in enumerate(answers, 1)]
+    path = prepare(str(write(tmp_path / "aime25-part.jsonl", records)), tmp_path / "out", verifier=verifier)
     got = [r["reward_model"]["ground_truth"] for r in pq.read_table(path).to_pylist()]
     assert got == ["25", "336", "7", "12", "0"]
 
@@ -287,5 +411,202 @@ def test_real_training_set_has_8520_problems(tmp_path, verifier):
     assert {d["row"]: d["reason"] for d in card["dropped"]} == {
         4007: "same question as row 1769", 5054: "empty answer", 5158: "empty answer",
     }  # fmt: skip
-    assert sum(card["by_level"].values()) == 8520 and card["layout"] == "SimpleRL, indexed"
-    assert len(questions_of(against[0])) == 30
+    assert sum(card["by_level"].values()) == 8520 and card["layout"] == "question, answer: 8523"
+    assert len(held_out(against)) == 60
+
+
+def prepared(tmp_path, verifier, records, name="train.jsonl", **options):
+    path = prepare(str(write(tmp_path / name, records)), tmp_path / "out", verifier=verifier, **options)
+    return pq.ParquetFile(path).read().to_pylist(), card_of(path)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        VERL.format("What?"), DAPO.format("What?"), "[INST] What? [/INST]", "<s> What?", "<think>\nWhat?",
+        "<|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>", "<start_of_turn>user\nWhat?<end_of_turn>",
+        "<｜User｜>What?<｜Assistant｜>", "What? Write it as \\boxed{}.", "### Instruction:\nWhat?",
+    ],
+)  # fmt: skip
+def test_prompt_in_a_column_of_questions_is_refused(tmp_path, verifier, prompt):
+    with pytest.raises(DataError, match=r"row 3 .*question is a prompt already"):
+        prepared(tmp_path, verifier, [*rows(3), {"question": prompt, "answer": "1"}])
+
+
+def test_a_fault_of_every_row_is_not_told_of_every_row(tmp_path, verifier):
+    with pytest.raises(DataError) as error:
+        prepared(tmp_path, verifier, [row | {"question": VERL.format(row["question"])} for row in rows(300)])
+    assert len(error.value.problems) == 21 and "280 more rows: question is a prompt already" in error.value.problems[-1]
+    with pytest.raises(DataError, match=r"no row is left of 10: 6 empty answer; 4 answer is neither text nor a number"):
+        prepared(tmp_path, verifier, [row | {"answer": None if i < 6 else True} for i, row in enumerate(rows(10))])
+
+
+def test_same_question_with_an_equal_answer_is_kept_once(tmp_path, verifier):
+    records = [{"question": "Half?", "answer": answer} for answer in ("0.5", "\\frac12", "0.5")] + rows(2)
+    table, card = prepared(tmp_path, verifier, records)
+    assert [r["reward_model"]["ground_truth"] for r in table] == ["0.5", "1", "2"]
+    assert [d["reason"] for d in card["dropped"]] == ["same question as row 0"] * 2
+
+
+def test_copies_of_an_evaluation_set_are_no_loss(tmp_path, verifier):
+    """DAPO's AIME has 32 of each."""
+    records = [verl_row([{"role": "user", "content": DAPO.format(f"P{i % 30}?")}], str(i % 30)) for i in range(90)]
+    table, card = prepared(tmp_path, verifier, records, "aime-2024.jsonl")
+    assert len(table) == 30 and card["dropped_by_reason"] == {"same question": 60}
+    assert table[3]["prompt"] == messages("P3?", "qwen-boxed")
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "whole"), [("math500", 499, 500), ("AIME_2024", 29, 30), ("aime25-II", 16, 15)]
+)
+def test_part_of_a_set_does_not_pass_for_the_whole(tmp_path, verifier, name, count, whole):
+    with pytest.raises(DataError, match=f"{count} problems; {name} has {whole}"):
+        prepared(tmp_path, verifier, rows(count), f"{name}.jsonl")
+    assert len(prepared(tmp_path, verifier, rows(count), f"{name}-part.jsonl")[0]) == count
+
+
+def test_set_that_has_lost_its_choices_is_refused(tmp_path, verifier):
+    records = [{"question": f"Which of them is {i}?", "answer": "ABCDE"[i % 5]} for i in range(20)]
+    with pytest.raises(DataError, match="lost its choices"):
+        prepared(tmp_path, verifier, records)
+    shown = [row | {"question": row["question"] + " (A) 1 (B) 2 (C) 3 (D) 4 (E) 5"} for row in records]
+    assert len(prepared(tmp_path, verifier, shown)[0]) == 20
+
+
+LONG = (
+    "Let $x$ and $y$ be real numbers with $x + y = 12$ and $\\frac{x}{y} = 3$. Find the greatest value of $x^2 + y^2$."
+)
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        VERL.format(LONG),
+        DAPO.format(LONG),
+        LONG.replace("real", "re\u200bal"),
+        LONG.replace("$x$", "\\(x\\)").replace("\\frac{x}{y}", "\\dfrac{x}{y}"),
+        LONG.replace("numbers", "numbres"),
+        LONG + " Express your answer as a decimal rounded to 2 places.",
+        "Here is a riddle for you, take care. " + LONG.upper(),
+        LONG.replace("Find", "Compute").replace(" be ", " are "),
+    ],
+)
+def test_overlap_is_seen_through_wrappers_spellings_and_small_changes(copy):
+    questions = HeldOut()
+    questions.add("Another problem of 7 words and 12 signs.", "a")
+    questions.add(LONG, "b")
+    assert questions.find(copy) == "b"
+
+
+@pytest.mark.parametrize("other", [LONG.replace("12", "13"), "Find the greatest value of $x^2 + y^2$.", "What?", ""])
+def test_another_problem_is_no_overlap(other):
+    questions = HeldOut()
+    questions.add(LONG, "b")
+    questions.add("What is 3 plus 4?", "c")
+    assert questions.find(other) is None and questions.find("What is 4 plus 3?") is None
+
+
+@needs_real
+def test_aime_keys_are_those_of_the_problems_and_known_by_their_words(tmp_path, verifier):
+    problems, keys = aime_keys()
+    assert len(keys) == 60 and (keys["2024-I-8"], keys["2024-I-12"]) == (197, 385)
+    for year in ("2024", "2025"):
+        for record in read_records(REAL / f"aime{year}.jsonl")[0]:
+            name = record["id"].removeprefix("aime")
+            assert problems.find(record["problem"]) == name and keys[name] == int(record["answer"])
+    records, _ = read_records(REAL / "aime2024.jsonl")
+    wrong = [{"problem": r["problem"], "answer": "480" if r["answer"] == "197" else r["answer"]} for r in records]
+    with pytest.raises(DataError, match="wrong key 480: this is AIME 2024-I-8, the right one is 197"):
+        prepared(tmp_path, verifier, wrong, "aime24.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "a.json",
+            '{"train": [{"question": "q", "answer": "1"}], "test": [{"question": "p"}]}',
+            r"'train' \(1\), 'test'",
+        ),
+        ("b.json", "5", "holds 5, no list"),
+        ("c.json", "[1, 2]", "row 0 is 1, no object"),
+        ("d.json", "[" * 100_000, "recursion"),
+        ("e.jsonl", '{"a": ' * 100_000, "recursion"),
+        ("f.csv", "question,answer\nq,1\nWhat, then?,2,3\n", "line 3: more cells than the header"),
+        ("g.jsonl", '{"question": "q", "answer": ' + "1" * 5000 + "}", "after row -1"),
+        ("h.json", '{"question": "q", "answer": "1"}', "one list of rows is read; got none"),
+    ],
+)
+def test_files_of_other_shapes_are_refused(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=said):
+        read_records(tmp_path / name)
+
+
+def test_byte_order_mark_and_lines_under_the_other_suffix_are_read(tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in rows(2))
+    for name, text in (
+        ("a.jsonl", lines),
+        ("b.json", lines),
+        ("c.json", json.dumps(rows(2))),
+        ("d.csv", "level\n3\n3\n"),
+    ):
+        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+        assert [str(record["level"]) for record in read_records(tmp_path / name)[0]] == ["3", "3"]
+
+
+def test_lone_surrogates_are_refused_in_texts_and_replaced_in_names(tmp_path, verifier):
+    with pytest.raises(DataError, match=r"U\+D800"):
+        prepared(tmp_path, verifier, [{"question": "a\ud800", "answer": "1"}])
+    table, _ = prepared(tmp_path, verifier, [{"id": "a\ud800", "question": "q", "answer": "1", "subject": "\udfff"}])
+    assert (table[0]["extra_info"]["id"], table[0]["extra_info"]["subject"]) == ("a?", "?")
+
+
+def test_what_would_be_overwritten_is_refused(tmp_path, verifier):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "test.jsonl", rows(2))
+    both = [str(tmp_path / folder / "test.jsonl") for folder in ("a", "b")]
+    done = CliRunner().invoke(app, ["data", "prepare", *both, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2 and "sources of one name" in done.stderr and not (tmp_path / "out").exists()
+    made = prepare(both[0], tmp_path / "out", verifier=verifier)
+    with pytest.raises(DataError, match="is its own source"):
+        prepare(str(made), tmp_path / "out", verifier=verifier)
+    again = prepare(str(made), tmp_path / "again", verifier=verifier)
+    assert pq.ParquetFile(again).read(["prompt"]).equals(pq.ParquetFile(made).read(["prompt"]))
+
+
+def test_ids_that_several_problems_share_are_told_apart(tmp_path, verifier):
+    table, _ = prepared(tmp_path, verifier, [row | {"id": "7"} for row in rows(2)])
+    ids = [row["extra_info"]["id"] for row in table]
+    assert len(set(ids)) == 2 and all(identity.startswith("7-") for identity in ids)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (verl_row("What?", "1"), "veRL takes messages"),
+        (verl_row(None, "1"), "veRL takes messages"),
+        (verl_row([{"role": "user", "content": ["What?"]}], "1"), "veRL takes messages"),
+        ({"prompt": messages("What?", "bare"), "reward_model": None}, "answer None"),
+        ({"prompt": messages("What?", "bare"), "extra_info": "x"}, "answer None"),
+    ],
+)
+def test_show_of_odd_rows_ends_without_a_traceback(tmp_path, row, said):
+    done = CliRunner().invoke(app, ["data", "show", str(write(tmp_path / "odd.jsonl", [row]))])
+    assert said in done.output and done.exit_code == (2 if "veRL" in said else 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [(None, "has no chat template"), ("{{ raise_exception('no system role') }}", "--prompt boxed")],
+)
+def test_model_whose_template_does_not_fit_is_refused(tmp_path, verifier, toy_dir, template, said):
+    tokenizer = AutoTokenizer.from_pretrained(toy_dir / "model")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "model")
+    prepared(tmp_path, verifier, rows(1))
+    command = ["data", "show", str(tmp_path / "out" / "train.parquet"), "--model", str(tmp_path / "model")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and said in done.output
+    assert [turn["role"] for turn in messages("q", "boxed")] == ["user"]

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from rapo_verl.cli.evaluate import app
 from rapo_verl.method.passk import pass_at_k_curve
-from rapo_verl.report.samples import MAX_CHARACTERS
+from rapo_verl.report.responses import MAX_CHARACTERS
 
 EVIL = '</pre><script>alert("x")</script><img src=http://example.org onerror=alert(1)>'
 
@@ -62,7 +63,7 @@ def report(folders):
 
 def test_report_with_score_judges_first_what_is_not_judged(report):
     assert report[2] == [PROBLEMS, 0, PROBLEMS]
-    assert report[1]["hard"]["draw_seed"] == 2
+    assert report[1]["hard"]["draw"] == 2
 
 
 def test_hostile_responses_questions_and_ids_stay_text(report):
@@ -70,7 +71,7 @@ def test_hostile_responses_questions_and_ids_stay_text(report):
     parsed = Page(page)
     assert "script" not in parsed.tags and "<script" not in page.casefold()
     assert {source.split(":")[0].split("#")[0] for source in parsed.loads} <= {"data", ""}  # images and anchors
-    assert page.count("<img") == 1  # the figure
+    assert page.count("<img") == 6  # two panels for all and for each set
     words = "".join(parsed.words)
     assert f"{EVIL}sample " in words and f"{EVIL}?" in words
     assert "<script" not in (report[0] / "passk.svg").read_text().casefold()
@@ -88,38 +89,48 @@ def test_every_cell_of_the_matrix_says_its_counts(report):
     out, summary, _ = report
     page = (out / "report.html").read_text()
     titles = re.findall(r'<td title="[^"]*?(base|rapo) (\d+) of (\d+), p in \[', page)
-    want = [
-        (name, str(row["cells"][j]["correct"]), str(N))
-        for j, name in enumerate(("base", "rapo"))
-        for row in summary["matrix"]
-    ]
+    want = [(row["model"], str(row["correct"]), str(N)) for row in summary["problems"]]
     assert sorted(titles) == sorted(want)
     assert page.count('href="#p') == 2 * PROBLEMS
     assert all(f'id="p{i}"' in page for i in range(PROBLEMS))
 
 
-def test_two_sets_have_their_own_curves_full_and_hard(report):
-    _, summary, _ = report
-    assert [row["label"] for row in summary["sets"]] == ["aime24", "aime25"]
-    counts = np.array([row["cells"][0]["correct"] for row in summary["matrix"]])
+def row_of(rows, *place):
+    keys = ("set", "scope", "model", "k")
+    (found,) = (row for row in rows if tuple(row[key] for key in keys) == place)
+    return found
+
+
+def test_two_sets_have_their_own_curves_guess_majority_and_differences_beside_the_combined(report):
+    out, summary, _ = report
+    page = (out / "report.html").read_text()
+    counts = np.array([row["correct"] for row in summary["problems"] if row["model"] == "base"])
     even = np.arange(PROBLEMS) % 2 == 0
-    want = pass_at_k_curve(counts[even], N, summary["ks"])
-    assert summary["sets"][0]["models"][0]["full"]["mean"] == pytest.approx(want)
-    assert summary["sets"][0]["problems"] == even.sum()
+    for label, mask in (("all", even | True), ("aime24", even), ("aime25", ~even)):
+        for k, want in zip(summary["ks"], pass_at_k_curve(counts[mask], N, summary["ks"])):
+            row = row_of(summary["curves"], label, "full", "base", k)
+            assert row["pass_at_k"] == pytest.approx(want)
+            assert row["guess_at_k"] is not None and 0 < row["majority_at_k"] <= 1
+        assert row_of(summary["curves"], label, "full", "base", 1)["majority_at_k"] == pytest.approx(
+            counts[mask].mean() / N
+        )
+        assert any((d["set"], d["scope"]) == (label, "full") for d in summary["differences"])
+    assert all(words in page for words in ("All sets · Full · 12", "aime24 · Full · 6", "aime25 · Full · 6"))
 
 
 def test_csv_and_latex_hold_the_summary(report):
     out, summary, _ = report
     rows = list(csv.DictReader((out / "passk.csv").open()))
     (row,) = (r for r in rows if (r["set"], r["scope"], r["model"], r["k"]) == ("all", "full", "rapo", "16"))
-    assert float(row["pass_at_k"]) == summary["models"][1]["full"]["mean"][summary["ks"].index(16)]
-    assert float(row["guess_at_k"]) == summary["models"][1]["full"]["guess"][summary["ks"].index(16)]
+    want = row_of(summary["curves"], "all", "full", "rapo", 16)
+    assert float(row["pass_at_k"]) == want["pass_at_k"]
+    assert float(row["guess_at_k"]) == want["guess_at_k"]
     problems = list(csv.DictReader((out / "problems.csv").open()))
     assert len(problems) == 2 * PROBLEMS
     assert problems[0]["problem"].endswith(EVIL)
     table = (out / "table.tex").read_text()
     assert r"\multicolumn{4}{l}{aime24 Full, 6 problems}" in table
-    assert f"{100 * summary['sets'][0]['models'][0]['full']['mean'][0]:.1f}" in table
+    assert f"{100 * row_of(summary['curves'], 'aime24', 'full', 'base', 1)['pass_at_k']:.1f}" in table
 
 
 def test_hashes_and_settings_are_on_the_page(report, folders):
@@ -153,7 +164,22 @@ def test_unjudged_folder_and_no_folder_are_refused_with_the_command(tmp_path):
     assert done.exit_code == 2 and "rapo eval score" in done.output
     done = rapo("score", tmp_path)
     assert done.exit_code == 2 and "rapo eval generate" in done.output
+    done = rapo("score", tmp_path / "new", tmp_path / "absent")
+    assert done.exit_code == 2 and "problems judged" in done.output and "absent holds no evaluation" in done.output
+    (tmp_path / "a report").mkdir()
+    done = rapo("score", tmp_path / "a report", tmp_path / "new")
+    assert done.exit_code == 0 and "a report: no evaluation, left out" in done.output and "judged" in done.output
     assert rapo("watch", tmp_path / "new", "--every", 0).output.endswith(": complete\n")
+
+
+def test_one_folder_given_twice_and_folders_of_one_name(folders, report, tmp_path):
+    done = rapo("report", folders / "base", folders / "base", "--out", tmp_path / "r", "--draws", 20)
+    assert done.exit_code == 2 and "are one evaluation" in done.output
+    same = tmp_path / "y" / "base"
+    shutil.copytree(folders / "rapo", same)
+    done = rapo("report", folders / "base", same, "--out", tmp_path / "r", "--draws", 20)
+    assert done.exit_code == 0, done.output
+    assert str(same) in (tmp_path / "r" / "report.html").read_text()
 
 
 def test_command_line_starts_without_heavy_imports():
@@ -170,6 +196,11 @@ def test_command_line_starts_without_heavy_imports():
         (["--preset", "slow"], "--preset is 'slow'; allowed: rapo-paper, quick"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--engine-arg", "nothing"], "key=value"),
+        (["--limit", "0"], "--limit"),
+        (["--limit", "-1"], "--limit"),
+        (["--n", "0"], "--n"),
+        (["--shard", "0"], "--shard"),
+        (["--tensor-parallel", "0"], "--tensor-parallel"),
         (["--model", "./nowhere"], "does not exist; give a checkpoint folder or a hub id"),
         (["--data", "absent.parquet"], "absent.parquet"),
     ],

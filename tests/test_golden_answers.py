@@ -187,3 +187,22 @@ def test_verdicts_become_counts_and_too_many_failures_stop_the_run():
 def test_a_verdict_is_plain_text_to_json_and_counters():
     assert json.dumps({"v": Verdict.correct}) == '{"v": "correct"}' and f"{Verdict.no_box}" == "no_box"
     assert {"correct": 1}[Verdict.correct] == 1
+
+
+# Golds of a set, no two of them equal: forms that MATH and college sets have.
+SET = [
+    *("2", "-2", "20", "0.2", "2.5", "\\frac{2}{5}", "\\frac{1}{2^{60}}", "2\\sqrt{3}", "3\\sqrt{2}", "\\pi", "2i"),
+    *("x+2", "x-2", "2x", "x^2+50=0", "x^2+50=1", "\\log_2(32)=5", "\\log_2(16)=4", "y=2x+1", "y=2x-1", "x=3", "y=7"),
+    *("(1,2)", "(2,1)", "[1,2]", "[1,2)", "\\{1,2\\}", "1,1,2", "1,2,2", "x<2", "x\\le 2", "x>2"),
+    *("x<2\\text{ or }x>3", "(-\\infty,1)", "\\emptyset", "\\frac{1\\pm\\sqrt5}{2}", "\\pm 3", "12_7", "12_8", "30\\%"),
+    *("\\text{Monday}", "\\text{Friday}", "8\\text{ cm}", "6\\text{ cm}^2", "8\\text{ m}"),
+    *("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}2\\\\1\\end{pmatrix}"),
+]  # fmt: skip
+
+
+def test_every_gold_equals_itself_and_no_other_of_its_set(verifier):
+    pairs = [(gold, other) for gold in SET for other in SET]
+    verdicts = verifier.verify_many([boxed(other) for _, other in pairs], [gold for gold, _ in pairs])
+    assert all(verdict in ("correct", "wrong") for verdict, _ in verdicts)
+    equal = [pair for pair, (verdict, _) in zip(pairs, verdicts) if verdict == "correct"]
+    assert equal == [(gold, gold) for gold in SET]

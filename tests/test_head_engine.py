@@ -7,17 +7,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
+from verl.utils.torch_functional import entropy_from_logits
 from verl.utils.ulysses import set_ulysses_sequence_parallel_group
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from rapo_verl.method.config import FULL_VOCABULARY, ForwardKLConfig, RapoConfig, ReferenceConfig
+from rapo_verl.method.config import FULL_VOCABULARY, ForwardKLConfig, RapoConfig, ReferenceConfig, rapo_config_from
 from rapo_verl.method.head import Target, head
 from rapo_verl.run.compose import compose_config
+from rapo_verl.run.head_config import fast_head
 from rapo_verl.run.preflight import problems_of
-from rapo_verl.training.engine import FIELDS, CpuFSDPEngine, asks_for_head, response_index, run_head
+from rapo_verl.training.engine import FIELDS, CpuFSDPEngine, response_index, run_head
 from rapo_verl.training.worker import RapoWorker, reweighted_output
 
 PROMPTS, RESPONSES, VOCABULARY, K = (3, 1, 4), (2, 5, 4), 12, 4  # 19 places: odd, so that two ranks need a pad
@@ -187,10 +190,54 @@ def test_nucleus_changes_only_the_sampled_log_probs_of_a_sample_estimator():
 def test_other_micro_batches_go_through_verl_bit_for_bit(remove_padding):
     batch = Batch()
     data = batch.data(remove_padding=remove_padding)
-    assert not asks_for_head(data)
+    assert not engine().takes_own_head(data)
     ours, theirs = (run(engine(cls), data, batch.policy) for cls in (CpuFSDPEngine, FSDPEngineWithLMHead))
     assert ours.keys() == theirs.keys() == {"log_probs"}
     assert torch.equal(ours["log_probs"].values(), theirs["log_probs"].values())
+
+
+def own(made):
+    made.own_head = True
+    return made
+
+
+def sums_and_gradient(made, data: TensorDict, logits: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return log-prob and entropy of the response tokens, and the gradient of their weighted sum."""
+    logits = [x.clone().requires_grad_(True) for x in logits]
+    got = run(made, data, logits)
+    values = [rows_of(got[name]) for name in ("log_probs", "entropy")]
+    weights = torch.arange(1.0, 1 + sum(RESPONSES))
+    sum((weights.roll(i) * value).sum() for i, value in enumerate(values)).backward()
+    return [*values, torch.cat([x.grad for x in logits])]
+
+
+@pytest.mark.parametrize("remove_padding", [True, False])
+@pytest.mark.parametrize("temperature", [TEMPERATURE, torch.tensor([0.7, 1.0, 1.4])])
+def test_own_head_in_every_pass_gives_what_verl_s_gives(remove_padding, temperature):
+    batch = Batch()
+    data = batch.data(remove_padding=remove_padding)
+    if isinstance(temperature, torch.Tensor):
+        del data["temperature"]
+        data["temperature"] = temperature
+    tu.assign_non_tensor(data, calculate_entropy=True)
+    theirs, made = engine(FSDPEngineWithLMHead), own(engine())
+    # veRL's own, as it builds it without chunks and compilation.
+    theirs.compute_entropy_from_logits = made.compute_entropy_from_logits = entropy_from_logits
+    for ours, want in zip(*(sums_and_gradient(e, data, batch.policy) for e in (made, theirs))):
+        torch.testing.assert_close(ours, want, **CLOSE)
+
+
+def test_first_ratio_is_one_to_the_last_bit():
+    batch, made = Batch(), own(engine())
+    generator = torch.Generator().manual_seed(3)
+    logits = [9 * torch.randn(len(x), 3000, generator=generator) for x in batch.ids]
+    phi, ids = torch.rand(sum(RESPONSES), K, generator=generator).log(), torch.arange(K).expand(sum(RESPONSES), K)
+    target = Target(ids.contiguous(), phi - 2, torch.full((sum(RESPONSES),), -1.0))
+    with torch.no_grad():
+        old = rows_of(run(made, batch.data(), logits)["log_probs"])
+    for data in (batch.data(), with_target(batch.data(), target)):
+        new = rows_of(run(made, data, [x.clone().requires_grad_(True) for x in logits])["log_probs"])
+        assert torch.equal((new - old).exp(), torch.ones(len(old)))
 
 
 def test_entropy_comes_back_only_where_verl_asks_for_it():
@@ -270,8 +317,16 @@ def megatron_engine():
     from rapo_verl.training.megatron import RapoMegatronEngine
 
     made = object.__new__(RapoMegatronEngine)
-    made.engine_config = types.SimpleNamespace(pad_to_length=False, pad_to_length_bucket=None)
+    made.engine_config = types.SimpleNamespace(
+        pad_to_length=False, pad_to_length_bucket=None, entropy_from_logits_with_chunking=False
+    )
     return made
+
+
+def batch_without_target(batch: Batch) -> TensorDict:
+    data = batch.data()
+    tu.assign_non_tensor(data, calculate_entropy=True)
+    return data
 
 
 def whole_gradient() -> list[torch.Tensor]:
@@ -310,14 +365,30 @@ def megatron(rank: int, folder: str, *, tensor: int, context: int, data_format: 
         got = megatron_engine()._lm_head_logits_processor(
             logits, label, temperature, batch=data, data_format=data_format, calculate_entropy=True
         )
-        if data_format == "thd":
-            out = {k: postprocess_thd_engine(v, rest[0], ids, 3) for k, v in got.items()}
-        else:
-            out = {k: postprocess_bshd_engine(v, rest[0]) for k, v in got.items()}
+
+        def placed(found):
+            if data_format == "thd":
+                return {k: postprocess_thd_engine(v, rest[0], ids, 3) for k, v in found.items()}
+            return {k: postprocess_bshd_engine(v, rest[0]) for k, v in found.items()}
+
+        out = placed(got)
         sum(rows_of(v).sum() for v in out.values()).backward()
         # Where verl puts the whole gradient, this rank's rows and columns of it.
         want = lay_out(jagged(whole_gradient()))[0][..., shard * columns : (shard + 1) * columns]
         found = {k: rows_of(v).detach() for k, v in out.items()}
+        # Without a target, by both heads: log-prob and entropy, and their gradient.
+        for name, taken in (("ours", True), ("verl", False)):
+            made = megatron_engine()
+            made.own_head, leaf = taken, logits.detach().clone().requires_grad_(True)
+            both = placed(
+                made._lm_head_logits_processor(
+                    leaf * 1, label, temperature.clone(), batch=batch_without_target(batch), data_format=data_format,
+                    calculate_entropy=True, calculate_sum_pi_squared=False, distillation_use_topk=False,
+                    distillation_only=False, logits_processor_func=None,
+                )
+            )  # fmt: skip
+            sum(rows_of(v).square().sum() for v in both.values()).backward()
+            found[name] = [*(rows_of(both[k]).detach() for k in ("log_probs", "entropy")), leaf.grad]
         torch.save(found | {"gradient": logits.grad, "want": want}, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -357,6 +428,8 @@ def test_two_megatron_ranks_give_what_one_fsdp_rank_does(tmp_path, layout):
     whole = run(engine(), data, batch.policy)
     for part in spawn(layout, tmp_path):
         torch.testing.assert_close(part.pop("gradient"), part.pop("want"), **CLOSE)
+        for ours, theirs in zip(part.pop("ours"), part.pop("verl")):
+            torch.testing.assert_close(ours, theirs, **CLOSE)
         assert part.keys() == whole.keys() == {"log_probs", "entropy", "forward_kl"}
         for name, value in part.items():
             torch.testing.assert_close(value, rows_of(whole[name]), **CLOSE)
@@ -382,6 +455,27 @@ def test_what_the_head_cannot_do_is_refused_before_the_run(toy_dir, override, sa
     assert any(said in problem for problem in refusals(toy_dir, "rapo.forward_kl.estimator=topk", override))
     if "top_k" not in override:
         assert not any("estimator=bounded" in problem for problem in refusals(toy_dir, override))
+
+
+VERL_S = ("actor_rollout_ref.model.use_fused_kernels=true", "actor_rollout_ref.actor.calculate_sum_pi_squared=true")
+
+
+@pytest.mark.parametrize("setting", VERL_S)
+def test_what_only_verl_s_head_does_is_refused_or_left_to_it(toy_dir, setting):
+    assert any("rapo.head=fast cannot follow" in said for said in refusals(toy_dir, "rapo.head=fast", setting))
+    for head_of, fast in (("auto", False), ("verl", False), ("fast", True)):
+        config = compose_config(["experiment=toy_rapo_cpu", f"rapo.head={head_of}", setting])
+        assert fast_head(config.actor_rollout_ref, rapo_config_from(OmegaConf.to_container(config.rapo))) == fast
+
+
+@pytest.mark.parametrize(
+    ("experiment", "head_of", "fast"),
+    [("toy_rapo_cpu", "auto", True), ("toy_rapo_cpu", "verl", False), ("toy_grpo_cpu", "auto", False),
+     ("toy_grpo_cpu", "fast", True)],
+)  # fmt: skip
+def test_head_is_ours_by_default_while_rapo_is_on_and_verl_s_while_it_is_off(experiment, head_of, fast):
+    config = compose_config([f"experiment={experiment}", f"rapo.head={head_of}"])
+    assert fast_head(config.actor_rollout_ref, rapo_config_from(OmegaConf.to_container(config.rapo))) == fast
 
 
 def test_full_is_refused_for_the_vocabulary_of_a_language_model(tmp_path):

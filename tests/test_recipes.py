@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from torch.distributed import destroy_process_group, init_process_group
 from transformers import Qwen2Config
 
-from rapo_verl.data.prepare import SCHEMA, messages
+from rapo_verl.data.chat import messages
+from rapo_verl.data.prepare import SCHEMA
 from rapo_verl.method.config import rapo_config_from
 from rapo_verl.run.compose import compose_config, experiments, recipe_dir
 from rapo_verl.run.dry_run import show_dry_run

@@ -13,8 +13,8 @@ from rapo_verl.evaluation.score import score, score_path
 from rapo_verl.evaluation.spec import PlanError
 from rapo_verl.evaluation.store import Samples, Store, read_stated, read_table
 from rapo_verl.method.passk import default_ks
-from rapo_verl.report.assemble import load_study
-from rapo_verl.report.responses import load, majority_at
+from rapo_verl.report.load import load_result, load_study
+from rapo_verl.report.responses import answer_key, majority_at, read_responses
 from rapo_verl.reward import VerifierSettings
 
 INTEGER = VerifierSettings(strictness="integer")
@@ -34,7 +34,8 @@ def texts(problem, number=1):
 
 def test_verdicts_counts_and_lengths_are_those_of_the_texts(store):
     assert score(store, INTEGER, jobs=1) == PROBLEMS
-    result, responses = load(store, "stub")
+    result = load_result(store, "stub")
+    responses = result.responses
     for i in range(PROBLEMS):
         said = texts(i)
         right = sum(f"{{{i}}}" in text for text in said)
@@ -43,7 +44,7 @@ def test_verdicts_counts_and_lengths_are_those_of_the_texts(store):
         assert responses.verdicts["no_box"][i] == boxless == responses.truncated[i]
         assert responses.verdicts["wrong"][i] == N - right - boxless
     assert result.groups[:2] == ("b", "a")
-    assert result.meta["draw_seed"] == 1
+    assert result.draw == 1
     rows = [row for i in range(PROBLEMS) for row in read_table(score_path(store, i)).to_pylist()]
     tokens = [row["tokens"] for row in rows]
     assert responses.length_mean == pytest.approx(np.mean(tokens))
@@ -55,7 +56,7 @@ def test_verdicts_counts_and_lengths_are_those_of_the_texts(store):
 
 def test_guess_is_the_share_of_answers_to_other_problems(store):
     score(store, INTEGER, jobs=1)
-    _, responses = load(store, "stub")
+    responses = read_responses(store)
     for i in range(PROBLEMS):
         others = [text for j in range(PROBLEMS) if j != i for text in texts(j)]
         assert responses.guess[i] == pytest.approx(sum(f"{{{i}}}" in text for text in others) / len(others))
@@ -102,7 +103,7 @@ def test_missing_and_damaged_samples_are_refused_with_the_command(store):
     with pytest.raises(PlanError, match="run `rapo eval generate` again"):
         score(store, INTEGER, jobs=1)
     with pytest.raises(PlanError, match="run `rapo eval score"):
-        load(store, "stub")
+        read_responses(store)
 
 
 def test_texts_repeated_across_shards_are_counted(tmp_path):
@@ -115,7 +116,7 @@ def test_texts_repeated_across_shards_are_counted(tmp_path):
     drawn = draw(tmp_path)
     run(drawn, Parrot())
     score(drawn.store, INTEGER, jobs=1)
-    assert load(drawn.store, "stub")[1].repeated.tolist() == [0, N, *[0] * (PROBLEMS - 2)]
+    assert read_responses(drawn.store).repeated.tolist() == [0, N, *[0] * (PROBLEMS - 2)]
 
 
 def exact_majority(classes, k):
@@ -140,11 +141,12 @@ def test_majority_equals_enumeration_over_all_subsets():
 
 def test_majority_of_all_samples_counts_right_spellings_together(store):
     score(store, INTEGER, jobs=1)
-    result, responses = load(store, "stub")
+    result = load_result(store, "stub")
+    responses = result.responses
     assert responses.majority.shape == (PROBLEMS, len(default_ks(N)))
     # About 28 % right, five wrong values of about 11 % each: the right one wins at large k.
     assert responses.majority[:, -1].mean() > 0.9
-    assert responses.majority[:, 0].mean() == pytest.approx(np.mean(result.correct) / N, abs=0.1)
+    assert responses.majority[:, 0].mean() == pytest.approx(np.mean(result.correct) / N, abs=1e-12)
 
 
 def test_study_takes_hard_from_another_draw_of_the_same_weights(tmp_path):
@@ -154,12 +156,58 @@ def test_study_takes_hard_from_another_draw_of_the_same_weights(tmp_path):
         run(drawn, StubEngine())
         score(drawn.store, INTEGER, jobs=1)
         folders[name] = tmp_path / name
-    results, chosen, responses = load_study([folders["base"], folders["rl"]], folders["base_draw2"])
-    assert [r.name for r in results] == ["base", "rl"] == list(responses)
-    assert chosen.name == "base" and chosen.meta["draw_seed"] == 2
-    assert chosen.correct != results[0].correct
+    study = load_study([folders["base"], folders["rl"]], folders["base_draw2"])
+    assert [r.name for r in study.results] == ["base", "rl"]
+    assert study.hard_choice.name == "base" and study.hard_choice.draw == 2
+    assert study.hard_choice.correct != study.results[0].correct
     with pytest.raises(PlanError, match="none of the report's"):
         load_study([folders["rl"]], folders["base_draw2"])
     score(Store.open(folders["rl"]), VerifierSettings(), jobs=1)
     with pytest.raises(PlanError, match="judged differently"):
         load_study([folders["base"], folders["rl"]], None)
+
+
+@pytest.mark.parametrize(
+    ("texts", "key"),
+    [
+        (["27", "27.0", "27.", "027", "+27", "54/2", "\\frac{54}{2}", "$27$"], "27"),
+        (["0.5", ".5", "1/2", "\\frac{1}{2}", "\\dfrac{2}{4}"], "1/2"),
+        (["-3", "-3.00", "\u22123", "-6/2"], "-3"),
+        (["x", "$x$"], "x"),
+        (["1/0"], "1/0"),
+        (["(1,2)", "(1, 2)"], answer_key("(1,2)")),
+    ],
+)
+def test_equal_numbers_have_one_key(texts, key):
+    assert {answer_key(text) for text in texts} == {key}
+
+
+def test_guess_counts_other_spellings_of_a_number(tmp_path):
+    class Decimal(StubEngine):
+        async def sample(self, request):
+            return samples(request)._replace(text=["\\boxed{7.0}"] * request.samples)
+
+    drawn = draw(tmp_path)
+    run(drawn, Decimal())
+    score(drawn.store, VerifierSettings(), jobs=1)
+    assert read_responses(drawn.store).guess[7] == 1.0
+
+
+@pytest.mark.parametrize("damage", ["emptied", "truncated", "flipped", "foreign", "short"])
+def test_damaged_score_file_is_judged_again(store, damage):
+    score(store, INTEGER, jobs=1)
+    path = score_path(store, 4)
+    data = path.read_bytes()
+    if damage == "flipped":
+        # A byte of a column's page: its checksum tells.
+        place = data.find(b"\x28\xb5\x2f\xfd") + 12  # a zstd frame
+        data = data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+    if damage == "short":
+        table = read_table(path)
+        scoring.write_table(path, table.slice(0, 5), read_stated(path))
+    changed = {"emptied": b"", "truncated": data[: len(data) // 2], "flipped": data}
+    changed["foreign"] = store.shard_path(4, 0).read_bytes()
+    if damage in changed:
+        path.write_bytes(changed[damage])
+    assert score(store, INTEGER, jobs=1) == 1
+    assert read_responses(store).verdicts["correct"].sum() > 0

@@ -22,7 +22,7 @@ from rapo_verl.reward.function import compute_integer_score
         (r"\boxed{\boxed{5}}", "5"),
         ("\\boxed{4\n2}", "4\n2"),
         (r"no box", None),
-        (r"\boxed 42", None),
+        (r"\boxed 42", "42"),
         (r"\boxed{42", None),
         (r"\boxed{{42}", None),
         (r"\boxed{1} then \boxed{2", None),  # the last one counts, and it never closes

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import threading
 import time
 
@@ -134,7 +135,15 @@ def oracle(text):
         "\n",
     ):
         text = text.replace(junk, "")
-    text = text.replace("−", "-").replace("{,}", ",").replace("^", "").replace("{}", "").replace("\\", "").strip(" .\t")
+    text = (
+        text.replace("−", "-")
+        .replace("{,}", ",")
+        .replace("^", "")
+        .replace("{}", "")
+        .replace("\\", "")
+        .strip(" .\t")
+        .rstrip(" .,;")
+    )
     sign, digits = (-1, text[1:]) if text[:1] == "-" else (1, text[1:] if text[:1] == "+" else text)
     digits = digits.replace(",", "")
     return sign * int(digits) if digits.isascii() and digits.isdigit() else None
@@ -306,3 +315,49 @@ def test_verdicts_inside_ray_actors():
         assert got == ["correct", "timeout", "wrong"] * 4
     finally:
         ray.shutdown()
+
+
+def test_a_nursery_killed_while_idle_is_replaced_once():
+    verifier = Verifier(VerifierSettings(deadline_s=60, workers=4))
+    verifier.verify_many([boxed(f"{i}+1") for i in range(40)], [str(i + 1) for i in range(40)])
+    os.kill(verifier.pool._nursery._process.pid, signal.SIGKILL)
+    nurseries = set()
+    for i in range(10):
+        assert verifier.verify(boxed(f"{i}+300"), str(i + 300))[0] == "correct"
+        nurseries.add(verifier.pool._nursery._process.pid)
+    assert len(nurseries) == 1
+    verifier.close()
+
+
+def test_a_pid_that_is_no_worker_of_the_nursery_is_not_killed():
+    verifier = Verifier(VerifierSettings(deadline_s=60))
+    assert verifier.verify(boxed("203+1"), "204")[0] == "correct"
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        verifier.pool._nursery.kill(stranger.pid)
+        assert stranger.poll() is None
+        assert verifier.verify(boxed("202+2"), "204")[0] == "correct"
+    finally:
+        stranger.kill()
+        stranger.wait()
+        verifier.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["." * 4090, "$" * 4090, "\\(" * 2000, "{" * 2040 + "}" * 2040, "\\text{" * 600, "1 " * 2000]
+)
+def test_a_long_box_costs_its_caller_milliseconds(text):
+    start = time.perf_counter()
+    quick_verdict(normalize("204"), normalize(text))
+    # 0.8 s for the dots before; a machine under load may take ten times what it should.
+    assert time.perf_counter() - start < 0.3
+
+
+@pytest.mark.parametrize("gold", ["1" * 128_000, "1+" * 500_000])
+def test_a_right_answer_longer_than_any_box_is_refused_at_once(gold):
+    verifier = Verifier()
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="characters"):
+        verifier.verify(boxed("204"), gold)
+    assert verifier.kinds_of([gold]) == ["unreadable"]
+    assert time.perf_counter() - start < 0.5 and verifier.pool._nursery is None

@@ -20,6 +20,7 @@ from tensordict import TensorDict
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
 from verl.experimental.separation.engine_workers import DetachActorWorker
+from verl.models.transformers.dense_common import forward_with_torch_backend
 from verl.single_controller.base.decorator import MAGIC_ATTR
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
 from verl.trainer.ppo.v1 import trainer_base
@@ -552,6 +553,9 @@ def source(thing) -> str:
                 "dump_path=rollout_data_dir,",
             ],
         ),
+        # rapo_verl/training/liveness.py: a prompt is sent off in generate_sequences, and nobody waits for it.
+        (WORKER_TQ.generate_sequences, ["task = asyncio.create_task( self._run_prompt(", "self.background_tasks.add("]),
+        (forward_with_torch_backend, ["return CausalLMOutputForPPO( log_probs=log_probs, entropy=entropy,"]),
         (ReplayBuffer, ["failed groups remain sampleable and missing trajectories are padded downstream"]),
         (HFModelConfig.__post_init__, ["import_external_libs(self.external_lib)"]),
         (AgentLoopOutput.as_dict, ['rm_scores[-1] = reward_score output["rm_scores"] = rm_scores']),
@@ -595,6 +599,8 @@ def test_verl_megatron_head_is_what_we_override():
     ]  # fmt: skip
     text = ast.unparse(method(name, cls, "_lm_head_logits_processor"))
     assert "logits.div_(" in text and "logits.shape[:2] == label.shape[:2]" in text
+    text = ast.unparse(method(name, "MegatronEngine", "_maybe_enable_fused_kernels"))
+    assert "if not self.engine_config.use_fused_kernels:" in text and "patch_fused_forward(" in text
     text = ast.unparse(method(name, cls, "forward_step"))
     assert "partial(self._lm_head_logits_processor," in text
 
@@ -687,6 +693,7 @@ def test_verl_names_its_weight_socket_as_we_expect():
         assert [line.strip() for line in found] == [
             f'{statement} f"ipc:///tmp/rl-colocate-zmq-{{job_id}}-replica-{{{rest}}}.sock"'
         ]
+    assert "self.zmq_handle = " in ast.unparse(method(f"{ROLLOUT}.vllm_rollout", "ServerAdapter", "__init__"))
 
 
 def test_our_weight_sync_takes_what_verl_sends():

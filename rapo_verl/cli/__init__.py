@@ -3,12 +3,12 @@
 import logging
 import sys
 
-from rapo_verl.cli import data, evaluate, look, train
+from rapo_verl.cli import data, evaluate, look, train, verify
 from rapo_verl.cli.base import commands
 from rapo_verl.run.names import INTERRUPTED
 
 app = commands("RAPO (arXiv 2510.03865) on veRL: train, evaluate, look.")
-for panel, source in (("Train", train.app), ("Look", look.app)):
+for panel, source in (("Train", train.app), ("Evaluate", verify.app), ("Look", look.app)):
     for command in source.registered_commands:
         command.rich_help_panel = panel
         app.registered_commands.append(command)

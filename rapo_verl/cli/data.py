@@ -20,22 +20,25 @@ def data_prepare(
     drop_overlap: Annotated[bool, typer.Option("--drop-overlap", help="leave overlap out, do not refuse")] = False,
     model: Annotated[str | None, typer.Option(help="folder or hub id; its tokenizer counts tokens")] = None,
     max_prompt_tokens: Annotated[int, typer.Option(help="of the rendered prompt; longer ones are dropped")] = 1024,
-    prompt: Annotated[str, typer.Option(help="qwen-boxed (SimpleRL-Zoo's instruction) or bare")] = "qwen-boxed",
+    prompt: Annotated[str, typer.Option(help="qwen-boxed, boxed (no system message) or bare")] = "qwen-boxed",
 ) -> None:
     """Check problem sets row by row and write each as OUT/NAME.parquet with a data card; exit code 2 if refused.
 
     Example: rapo data prepare train.jsonl --against aime24.parquet --out data
     """
-    from rapo_verl.data.prepare import prepare
+    from rapo_verl.data.prepare import name_of, prepare
 
     if name is not None and len(sources) > 1:
         raise Refused("--name is for one source")
+    names = [name_of(source) for source in sources]
+    if len(set(names)) < len(names):
+        raise Refused(f"sources of one name: {', '.join(names)}; give them one at a time, with --name")
     for source in sources:
         path = prepare(
             source,
             out,
             name=name,
-            against=against,
+            against=against or [],
             drop_overlap=drop_overlap,
             model=model,
             max_prompt_tokens=max_prompt_tokens,

@@ -39,21 +39,21 @@ def eval_generate(
     out: Annotated[Path, typer.Option(help="folder of the samples")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="[DATA]...", help="more files")] = None,
     preset: Annotated[str, typer.Option(help=f"one of {', '.join(PRESETS)}")] = "rapo-paper",
-    n: Annotated[int | None, typer.Option(help="samples a problem")] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="samples a problem")] = None,
     temperature: Annotated[float | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="of a response")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="of a response")] = None,
     stop_id: Annotated[
         list[int] | None, typer.Option(help="token that ends a response, beside the model's own")
     ] = None,
     draw: Annotated[int, typer.Option(help="number of the draw: another one has other seeds throughout")] = 1,
-    shard: Annotated[int, typer.Option(help="samples a file")] = 128,
+    shard: Annotated[int, typer.Option(min=1, help="samples a file")] = 128,
     part: Annotated[str, typer.Option(help="i/count: the i-th part, for processes side by side; from 0")] = "0/1",
-    limit: Annotated[int | None, typer.Option(help="only the first problems of each file")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first problems of each file")] = None,
     logprobs: Annotated[bool, typer.Option(help="keep each response's cumulative log-prob")] = True,
-    tensor_parallel: Annotated[int, typer.Option(help="GPUs of one engine")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs of one engine")] = 1,
     ray: Annotated[str | None, typer.Option(help="auto: an existing cluster; local: one on this machine")] = None,
-    engines: Annotated[int, typer.Option(help="with --ray: at most so many; 0: all that fit")] = 0,
+    engines: Annotated[int, typer.Option(min=0, help="with --ray: at most so many; 0: all that fit")] = 0,
     engine_arg: Annotated[list[str] | None, typer.Option(help="key=value for vLLM's engine; repeatable")] = None,
 ) -> None:
     """Sample; the same command goes on where it stopped.
@@ -108,18 +108,32 @@ def _score(folders: list[Path], strictness: str, deadline: float, jobs: int | No
     from tqdm import tqdm
 
     from rapo_verl.evaluation.score import score
-    from rapo_verl.evaluation.store import Store
+    from rapo_verl.evaluation.store import MANIFEST_FILE, Store
     from rapo_verl.reward import VerifierSettings
     from rapo_verl.run.progress import bar_interval
 
     settings = VerifierSettings(strictness=strictness, deadline_s=deadline, workers=1)
     if settings.problems():
         raise Refused(settings.problems())
+    foreign = [folder for folder in folders if folder.exists() and not (folder / MANIFEST_FILE).exists()]
+    if len(foreign) == len(folders):
+        raise Refused(f"no evaluation in {', '.join(map(str, folders))}; make one with `rapo eval generate`")
+    faults = []
     for folder in folders:
-        store = Store.open(folder)
-        with tqdm(desc=f"scoring {folder}", unit="problem", total=0, mininterval=bar_interval()) as bar:
-            judged = score(store, settings, jobs=jobs, started=bar.reset, done=bar.update)
+        if folder in foreign:
+            print(f"{folder}: no evaluation, left out", file=sys.stderr)
+            continue
+        try:
+            store = Store.open(folder)
+            with tqdm(desc=f"scoring {folder}", unit="problem", total=0, mininterval=bar_interval()) as bar:
+                judged = score(store, settings, jobs=jobs, started=bar.reset, done=bar.update)
+        except Refused as error:
+            # The others are judged all the same.
+            faults += error.problems
+            continue
         print(f"{folder}: {judged} of {len(store.problems)} problems judged, the others were")
+    if faults:
+        raise Refused(faults)
 
 
 @app.command("score")
@@ -127,7 +141,7 @@ def eval_score(
     folders: Folders,
     strictness: Strictness = "symmetric",
     deadline: Annotated[float, typer.Option(help="seconds that one comparison may take")] = DEADLINE_S,
-    jobs: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")] = None,
 ) -> None:
     """Judge samples; what was judged by this verifier already is kept.
 
@@ -142,35 +156,33 @@ def eval_report(
     out: Annotated[Path, typer.Option(help="folder of the report")],
     hard_from: Annotated[Path | None, typer.Option(help="another draw of the base, which chooses Hard")] = None,
     force_same_draw: Annotated[bool, typer.Option(help="let a scored draw choose Hard; the report says so")] = False,
+    force: Annotated[
+        bool, typer.Option(help="compare models that were sampled differently; the report says so")
+    ] = False,
     score: Annotated[bool, typer.Option("--score", help="first judge what `rapo eval score` would")] = False,
     strictness: Strictness = "symmetric",
     title: Annotated[str, typer.Option()] = "pass@k",
-    draws: Annotated[int, typer.Option(help="of the bootstrap")] = 2000,
+    draws: Annotated[int, typer.Option(min=1, help="of each interval")] = 2000,
 ) -> None:
-    """Write report.html, figures, JSON, CSV and a LaTeX table from judged folders; the first is the base by default.
+    """Write report.html, figures, JSON, CSV and a LaTeX table from judged folders, the first is the base by default.
 
     Example: rapo eval report evals/base evals/rapo --out evals/report
     """
-    from rapo_verl.report.assemble import load_study, study_samples, study_settings
+    from rapo_verl.report.load import load_study
     from rapo_verl.report.page import print_table, write_report
 
     if score:
         _score([*folders, *([hard_from] if hard_from else [])], strictness, DEADLINE_S, None)
-    results, hard_choice, responses = load_study(folders, hard_from)
-    names = [result.name for result in results]
-    summary = write_report(
-        out,
-        results=results,
-        hard_choice=hard_choice,
-        histories={},
-        settings={"command": " ".join(["rapo", *sys.argv[1:]]), **study_settings(folders, names, hard_from)},
+    study = load_study(
+        folders,
+        hard_from,
+        settings={"command": " ".join(["rapo", *sys.argv[1:]])},
         title=title,
-        responses=responses,
-        samples=study_samples(folders, names),
+        force=force,
         force_same_draw=force_same_draw,
         draws=draws,
     )
-    print_table(summary)
+    print_table(write_report(out, study))
     print(f"report: {out / 'report.html'}")
 
 
@@ -199,7 +211,7 @@ def eval_cross_logprob(
     folder: Annotated[Path, typer.Argument(help="judged samples of one model")],
     model: Annotated[str, typer.Option(help="the other model, which reads its right responses")],
     out: Annotated[Path, typer.Option(help="JSON file")],
-    per_problem: Annotated[int, typer.Option(help="right responses of each problem, at most")] = 32,
+    per_problem: Annotated[int, typer.Option(min=1, help="right responses of each problem, at most")] = 32,
 ) -> None:
     """Give the perplexity of one model's right responses under another, for example of RL's under the base.
 

@@ -40,9 +40,10 @@ def doctor(
     Example: rapo doctor
     """
     from rapo_verl.cluster.checks import check_node
+    from rapo_verl.cluster.facts import Facts
     from rapo_verl.run.doctor import examine, print_findings
 
-    findings = check_node() if cluster else examine()
+    findings = check_node(Facts.read()) if cluster else examine()
     print_findings(findings)
     if any(not finding.ok for finding in findings):
         raise typer.Exit(1)

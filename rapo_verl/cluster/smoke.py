@@ -7,18 +7,16 @@ import sys
 import time
 
 from rapo_verl.cluster.board import Board
+from rapo_verl.cluster.facts import Facts
 
 # Importing torch from a shared filesystem on a cold node is most of it.
 SECONDS = 180
 ELEMENTS = 1 << 24  # 64 MiB of float32
 
 
-def run_smoke(board: Board) -> str | None:
-    """Return what is wrong with the links between the nodes' GPUs; None if nothing is, or if there are no GPUs.
-
-    ``RAPO_SMOKE``: auto (default), off, or gloo (processors instead of GPUs).
-    """
-    backend = os.environ.get("RAPO_SMOKE", "auto")
+def run_smoke(board: Board, facts: Facts) -> str | None:
+    """Return what is wrong with the links between the nodes' GPUs; None if nothing is, or if there are no GPUs."""
+    backend = facts.smoke
     if backend == "auto":
         backend = "nccl" if shutil.which("nvidia-smi") else "off"
     if backend == "off":
@@ -26,8 +24,8 @@ def run_smoke(board: Board) -> str | None:
     go = board.read("go")
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(board.hosts)}", f"--node-rank={board.node}",
-        f"--nproc-per-node={os.environ['RAPO_GPUS_PER_NODE']}", f"--master-addr={go['ip']}",
-        f"--master-port={go['port']}", "-m", "rapo_verl.cluster.smoke", backend,
+        f"--nproc-per-node={facts.gpus}", f"--master-addr={go['ip']}", f"--master-port={go['port']}",
+        "-m", "rapo_verl.cluster.smoke", backend,
     ]  # fmt: skip
     with board.log_file("smoke").open("wb") as log:
         try:

@@ -1,188 +1,228 @@
-"""Where problem sets come from and how each publisher names its columns."""
+"""What a publisher's columns mean: the question, the right answer, and what is known about them."""
 
-import csv
+import ast
 import hashlib
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from rapo_verl import Refused
+from rapo_verl.data.chat import question_in
+from rapo_verl.data.sources import DataError, Record
 from rapo_verl.reward import last_boxed
 
+# Columns of the question and of the answer, case aside; the first pair that a row has filled is taken.
+LAYOUTS = (
+    ("prompt", "reward_model"),  # veRL: DAPO-17k and its AIME, Skywork, PRIME, what `rapo data prepare` wrote
+    ("question", "gt_answer"),  # SimpleRL-Zoo; its pre-rendered prompt is not used
+    ("question", "final_answer"),  # OlympiadBench, DeepMath
+    ("problem", "expected_answer"),  # NVIDIA's
+    ("question", "answer"),  # GSM8K, SimpleRL, ASDiv and SVAMP (with a body), Minerva, MMLU, SAT
+    ("problem", "answer"),  # MATH-500, AIME, NuminaMath 1.5
+    ("prompt", "answer"),
+    ("question", "correct"),  # AQuA
+    ("problem", "correct"),  # MathQA
+    ("question", "label"),  # AGIEval
+    ("question", "answerkey"),  # ARC
+    ("problem", "solution"),  # MATH, NuminaMath: the last box of the solution
+)
+_CONTEXTS = ("passage", "context", "body")
+_CHOICES = ("options", "choices")
+_IDS = ("unique_id", "id", "idx", "problem_id")
+_SUBJECTS = ("subject", "type", "subfield", "problem_type")
+# What stands for an answer where there is none; "None" is the answer of some problems of MATH.
+_NO_ANSWERS = {"nan", "null", "n/a", "proof", "notfound"}
+# A worked solution in place of its result: GSM8K's calculator, or this many words.
+_CALCULATION = re.compile(r"<<[^<>]*=[^<>]*>>")
+_WORD = re.compile(r"(?<![\\a-zA-Z])[A-Za-z]{2,}")
+_MAX_WORDS = 20
+_E_NOTATION = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]+)")
+# ASDiv's "9 (apples)".
+_COUNTED = re.compile(r"([-+0-9.,/]+) \([^()0-9]+\)")
+_LEVEL = re.compile(r"(?:level\s*)?([0-9]{1,2})(?:\.0+)?", re.IGNORECASE)
+# The label of a choice, where it is written with it: "(A) 3", "A)3", "A. 3", "a ) 3".
+_LABEL = re.compile(r"\s*\(?([A-Ja-j]) ?[).:]\s*")
+_LABELS = re.compile(r"(?<![A-Za-z])([A-Ja-j]) ?[).:]")
 
-class DataError(Refused):
-    """Data that must not be used; the message says what, where and how to mend it, one problem a line."""
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One row as its source gave it, columns renamed, nothing mended."""
+class Problem(NamedTuple):
+    """One row as its source gave it, columns renamed."""
 
     row: int  # position in the source, from 0
     id: str
     question: str
     answer: str
-    level: int | None
-    subject: str | None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The columns of one publisher; None where it has none (``id``, ``level``, ``subject`` are taken if there)."""
-
-    name: str
-    question: str
-    answer: str
-    id: str | None = None
-    level: str | None = None
+    level: int | None = None
     subject: str | None = None
-    # The answer is the last box of a worked solution.
-    boxed: bool = False
-
-    @property
-    def columns(self) -> set[str]:
-        """The columns that a file of this layout must have."""
-        return {name for name in (self.question, self.answer, self.id, self.level, self.subject) if name}
+    # Why it cannot be used, and what of that is its own; question and answer are empty then.
+    fault: tuple[str, str] | None = None
 
 
-# The most specific one whose columns are all there is taken.
-LAYOUTS = (
-    Layout("MATH-500 (HuggingFaceH4)", "problem", "answer", "unique_id", "level", "subject"),
-    Layout("MATH (hendrycks: boxed solutions)", "problem", "solution", None, "level", "type", boxed=True),
-    Layout("SimpleRL, indexed", "question", "answer", "idx", "level", "subject"),
-    Layout("SimpleRL-Zoo (hkust-nlp; its pre-rendered prompt is not used)", "question", "gt_answer", None, "level"),
-    Layout("AIME (Maxwell-Jia: ID, Problem, Answer)", "Problem", "Answer", "ID"),
-    Layout("id, problem, answer", "problem", "answer", "id"),
-    Layout("problem, answer", "problem", "answer"),
-    Layout("question, answer", "question", "answer"),
-)
+class RowError(ValueError):
+    """A row that cannot be used: why, which is the same for many rows, and what of it is this row's own."""
+
+    def __init__(self, kind: str, detail: str = ""):
+        self.fault = kind, detail
+        super().__init__(kind + detail)
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """Where a named set is on the Hugging Face hub: one or more (repository, config, split, file)."""
-
-    name: str
-    parts: tuple[tuple[str, str | None, str, str | None], ...]
-    rows: int
-
-
-HUB = {
-    source.name: source
-    for source in (
-        HubSource(
-            "simplerl-8k",
-            (("hkust-nlp/SimpleRL-Zoo-Data", None, "train", "simplelr_qwen_level3to5/train.parquet"),),
-            8523,
-        ),
-        HubSource("aime24", (("HuggingFaceH4/aime_2024", None, "train", None),), 30),
-        HubSource("aime25", (("math-ai/aime25", None, "test", None),), 30),
-        HubSource("math500", (("HuggingFaceH4/MATH-500", None, "test", None),), 500),
-    )
-}
-
-
-def layout_of(columns: Iterable[str]) -> Layout:
-    """Return the layout of a file with these columns.
+def to_problems(records: Iterable[Record], name: str) -> tuple[list[Problem], Counter[str]]:
+    """Return the problems of rows, and how many rows have which layout.
 
     Raises:
-        DataError: no known layout has all its columns there.
+        DataError: no row has a known layout.
     """
-    have = set(columns)
-    fitting = [layout for layout in LAYOUTS if layout.columns <= have]
-    if not fitting:
-        known = "\n".join(f"  {layout.name}: {', '.join(sorted(layout.columns))}" for layout in LAYOUTS)
-        raise DataError(f"no known layout has the columns {', '.join(sorted(have))}; known:\n{known}")
-    return max(fitting, key=lambda layout: len(layout.columns))
+    layouts: Counter[str] = Counter()
+    problems = list(_problems(records, name, layouts))
+    if not layouts:
+        known = "\n".join(f"  {', '.join(pair)}" for pair in LAYOUTS)
+        columns = "".join(problems[0].fault or ())
+        raise DataError(f"{name}: {columns}; known are these pairs, beside what else is there:\n{known}")
+    return problems, layouts
 
 
-def read_records(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """Return the rows of a JSON, JSONL, CSV or parquet file, and the file's sha256.
-
-    Raises:
-        DataError: another kind of file, or one that cannot be read as what its name says.
-    """
-    try:
-        data = path.read_bytes()
-        kind = path.suffix.lower()
-        if kind == ".parquet":
-            records = pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False).to_pylist()
-        elif kind in (".json", ".jsonl", ".csv"):
-            records = _parse_text(data.decode("utf-8"), kind)
-        else:
-            raise DataError(f"{path}: allowed are .json, .jsonl, .csv and .parquet")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error, pa.ArrowException) as error:
-        raise DataError(f"{path}: {error}") from error
-    if not records or not all(isinstance(record, dict) for record in records):
-        raise DataError(f"{path}: holds no rows with named columns")
-    return records, hashlib.sha256(data).hexdigest()
-
-
-def _parse_text(text: str, kind: str) -> list[Any]:
-    if kind == ".csv":
-        csv.field_size_limit(1 << 24)
-        return list(csv.DictReader(text.splitlines(keepends=True)))
-    if kind == ".jsonl":
-        # split("\n"): splitlines() also splits at control characters inside strings.
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    loaded = json.loads(text)
-    if isinstance(loaded, dict):
-        loaded = next((value for value in loaded.values() if isinstance(value, list)), [])
-    return loaded
-
-
-def read_hub(source: HubSource) -> tuple[list[dict[str, Any]], str]:
-    """Return the rows of a named set from the hub or its local cache, and the sha256 of their canonical JSON.
-
-    Raises:
-        DataError: it is neither cached nor to be had, or has another number of rows than the published set.
-    """
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
-    records: list[dict[str, Any]] = []
-    for repository, config, split, file in source.parts:
+def _problems(records: Iterable[Record], name: str, layouts: Counter[str]) -> Iterator[Problem]:
+    for row, record in enumerate(records):
+        # Small letters win where two columns differ in case alone.
+        record = {str(key).lower(): record[key] for key in sorted(record, key=str)}
+        pair = _layout(tuple(key for key, value in record.items() if value not in (None, ""))) or _layout(tuple(record))
         try:
-            loaded = datasets.load_dataset(repository, config, split=split, data_files=file and {split: file})
-        except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(
-                f"{source.name}: {repository} is not to be had from the hub or its cache ({error}); set HF_ENDPOINT to "
-                "a mirror, HF_HOME to a cache, or give a local file instead of the name"
-            ) from error
-        records += loaded.to_list()
-    if len(records) != source.rows:
-        raise DataError(f"{source.name}: the hub has {len(records)} rows, the published set has {source.rows}")
-    lines = (json.dumps(record, sort_keys=True, ensure_ascii=False, default=str) for record in records)
-    return records, hashlib.sha256("\n".join(lines).encode()).hexdigest()
+            if pair is None:
+                raise RowError("no known columns", f": {', '.join(record)}")
+            layouts[", ".join(pair)] += 1
+            question, answer = _question_and_answer(record, *pair)
+        except RowError as error:
+            yield Problem(row, _identity(record) or f"{name}-{row}", "", "", fault=error.fault)
+            continue
+        extra = record.get("extra_info") if "reward_model" in record else None
+        facts = record | extra if isinstance(extra, dict) else record
+        # Of its words, not of its place: two orders of a set must not share ids.
+        identity = _identity(facts) or f"{name}-{hashlib.sha256(question.encode('utf-8', 'replace')).hexdigest()[:12]}"
+        level = _LEVEL.fullmatch(str(facts.get("level")))
+        subject = next((value for key in _SUBJECTS if isinstance(value := facts.get(key), str) and value), None)
+        yield Problem(row, identity, question, answer, int(level[1]) if level else None, subject and _intact(subject))
 
 
-def to_problems(records: list[dict[str, Any]], name: str) -> tuple[list[Problem], Layout]:
-    """Return the problems of rows of a known layout, and that layout.
+@lru_cache
+def _layout(columns: tuple[str, ...]) -> tuple[str, str] | None:
+    return next((pair for pair in LAYOUTS if set(pair) <= set(columns)), None)
+
+
+def _intact(text: str) -> str:
+    """Return a text without lone surrogates, which no file can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _identity(record: Record) -> str | None:
+    for key in _IDS:
+        value = record.get(key)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, (str, int)) and str(value).strip():
+            return _intact(str(value))
+    # veRL's index is a row's number, DAPO's an id.
+    index = record.get("index")
+    return _intact(index) if isinstance(index, str) and index else None
+
+
+def _question_and_answer(record: Record, asked: str, answered: str) -> tuple[str, str]:
+    if any(record.get(key) for key in record if key.startswith(("image", "decoded_image"))):
+        raise RowError("needs an image")
+    question, answer = record[asked], record[answered]
+    if asked == "prompt":
+        question, fault = question_in(question)
+        if fault:
+            raise RowError(fault)
+        if answered == "reward_model":
+            answer = answer.get("ground_truth") if isinstance(answer, dict) else None
+    elif not isinstance(question, str):
+        raise RowError("question is no text", f": {question!r:.60}")
+    if "<image" in question:
+        raise RowError("needs an image")
+    context = next((value for key in _CONTEXTS if isinstance(value := record.get(key), str) and value.strip()), None)
+    if context is not None and context.strip() not in question:
+        question = f"{context.strip()} {question}"
+    choices = next((value for key in _CHOICES if (value := record.get(key))), None)
+    if choices is None and record.keys() >= {"a", "b", "c", "d"}:
+        choices = {key.upper(): record[key] for key in "abcde" if record.get(key)}
+    if choices is not None:
+        return _with_choices(question, choices, answer)
+    if isinstance(answer, list) and record.get("is_multiple_answer") is True:
+        return question, ", ".join(_answer(part) for part in answer)
+    return question, _answer(answer, worked=answered == "solution")
+
+
+def _answer(value: Any, *, worked: bool = False) -> str:
+    r"""Return a right answer as text, "" for none.
+
+    Args:
+        value: of any type that JSON or parquet has.
+        worked: it is a solution, and the last box in it the answer.
 
     Raises:
-        DataError: the layout is unknown.
+        RowError: it is something else than one answer.
     """
-    layout = layout_of(records[0])
-    return [_problem(i, record, layout, name) for i, record in enumerate(records)], layout
+    if isinstance(value, str) and value.lstrip().startswith(("['", '["')):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            raise RowError("answer is a list that cannot be read", f": {value:.60}") from None
+    if isinstance(value, list):
+        answers = {_answer(part) for part in value}
+        if len(answers) > 1:
+            raise RowError("answer is a list; which of them counts is not said", f": {value!r:.60}")
+        return answers.pop() if answers else ""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
+        raise RowError("answer is neither text nor a number", f": {value!r:.60}")
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    return _short(str(value).strip(" \t\r\n"), worked)  # no other character: it would be damage, to be found
 
 
-def _problem(row: int, record: dict[str, Any], layout: Layout, name: str) -> Problem:
-    def text(column: str | None) -> str:
-        value = record.get(column) if column else None
-        return "" if value is None else str(value)
+def _short(text: str, worked: bool) -> str:
+    if "####" in text:
+        text = text.rsplit("####", 1)[1].strip()
+    elif "\\boxed" in text or worked:
+        boxed = last_boxed(text)
+        if boxed is None:
+            raise RowError("no box in its solution")
+        text = boxed
+    if text.lower() in _NO_ANSWERS:
+        return ""
+    if _CALCULATION.search(text) or len(_WORD.findall(text)) > _MAX_WORDS:
+        raise RowError("answer is a whole solution, without '####' or a box around its result")
+    number, counted = _E_NOTATION.fullmatch(text), _COUNTED.fullmatch(text)
+    if number is not None:
+        return rf"{number[1]}\times10^{{{int(number[2])}}}"
+    return counted[1] if counted else text
 
-    answer = text(layout.answer)
-    digits = "".join(character for character in text(layout.level or "level") if character in "0123456789")
-    return Problem(
-        row=row,
-        id=text(layout.id or "id") or f"{name}-{row}",
-        question=text(layout.question),
-        answer=(last_boxed(answer) or "") if layout.boxed else answer,
-        level=int(digits) if digits else None,
-        subject=text(layout.subject or "subject") or None,
-    )
+
+def _with_choices(question: str, choices: Any, answer: Any) -> tuple[str, str]:
+    """Return a question with its choices below it, and the letter of the right one."""
+    if isinstance(choices, str):
+        letters, texts = [letter.upper() for letter in _LABELS.findall(choices)], [choices.strip()]
+        lines = texts
+    else:
+        if isinstance(choices, dict):
+            columns = "text" in choices and "label" in choices
+            choices = dict(zip(choices["label"], choices["text"])) if columns else choices
+            letters, texts = [str(key) for key in choices], [str(value) for value in choices.values()]
+        else:
+            found = [(_LABEL.match(str(choice)), str(choice)) for choice in choices]
+            letters = [label[1].upper() if label else chr(ord("A") + i) for i, (label, _) in enumerate(found)]
+            texts = [choice[label.end() if label else 0 :] for label, choice in found]
+        lines = [f"({letter}) {text}" for letter, text in zip(letters, texts)]
+    named = re.sub(r"[\s().:]", "", str(answer)).upper()
+    right = {letter for letter in letters if letter.upper() == named}
+    if not right:
+        right = {letter for letter, text in zip(letters, texts) if text.strip() == str(answer).strip()}
+        if isinstance(answer, int) and 0 <= answer < len(letters):
+            right.add(letters[answer])  # MMLU's index
+    if len(right) != 1:
+        raise RowError(f"answer is {'several' if right else 'none'} of its choices", f": {answer!r:.60}")
+    return "\n".join([question, *lines]), right.pop()

@@ -2,27 +2,33 @@
 
 import io
 import json
+import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rapo_verl.data.layouts import HUB, DataError, Problem, read_hub, read_records, to_problems
-from rapo_verl.data.validate import Checked, check_problems, normalized
+from rapo_verl.data.chat import PROMPTS, load_tokenizer, messages, render
+from rapo_verl.data.layouts import Problem, to_problems
+from rapo_verl.data.overlap import HeldOut
+from rapo_verl.data.sources import HUB, DataError, file_sha256, iter_records, read_hub
+from rapo_verl.data.validate import Checked, bar, check_problems, first_of_each_kind, listed
 from rapo_verl.reward import Verifier
 from rapo_verl.run.files import write_atomic
 
-SYSTEM = "You are a helpful assistant."
-INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-# SimpleRL-Zoo's instruction for Qwen2.5, and the question alone, for models that know no instructions.
-PROMPTS = ("qwen-boxed", "bare")
 # SimpleRL-Zoo's limit for Qwen2.5.
 MAX_PROMPT_TOKENS = 1024
-# How the names of evaluation sets begin.
-EVALUATION_SETS = ("aime", "math500", "math-500", "math_500")
+# How the names of evaluation sets begin, and how many problems those have that are named like the whole; small letters
+# and digits alone.
+EVALUATION_SETS = ("aime", "math500")
+_WHOLE = ((re.compile(r"aime(?:20)?2[45]"), 30), (re.compile(r"aime(?:20)?2[45]ii?"), 15), (re.compile("math500"), 500))
+# Rows of a kind that a refusal and a card name one by one, and how many rows are made parquet at once.
+_REFUSED_SHOWN, _CARD_SHOWN, _TEXTS_SHOWN, _ROW_GROUP = 20, 1000, 100, 1 << 15
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 # Written out, since veRL joins the files of a list and a column without values would have another type.
 SCHEMA = pa.schema(
@@ -48,50 +54,23 @@ SCHEMA = pa.schema(
 )
 
 
-def messages(question: str, prompt: str) -> list[dict[str, str]]:
-    """Return a question as chat messages in a style of PROMPTS; the chat template is applied later, once."""
-    if prompt == "bare":
-        return [{"role": "user", "content": question}]
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question + INSTRUCTION}]
+def name_of(source: str) -> str:
+    """Return the name that a set gets from its source, a name of `HUB` or a file."""
+    return source if source in HUB else Path(source).stem
 
 
-def render(turns: list[dict[str, str]], tokenizer: Any | None) -> str:
-    """Return a prompt as the model sees it; without a tokenizer, in Qwen2.5's ChatML."""
-    turns = [dict(turn) for turn in turns]
-    if tokenizer is not None:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    body = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
-    return f"{body}<|im_start|>assistant\n"
-
-
-def load_tokenizer(model: str | None) -> Any | None:
-    """Return the tokenizer of a model folder or hub id, None for None.
+def held_out(paths: Iterable[Path]) -> HeldOut:
+    """Return the questions of prepared or raw files, each known as "file, row n (id)".
 
     Raises:
-        DataError: there is none.
+        DataError: a file cannot be read.
     """
-    if model is None:
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise DataError(f"--model {model}: no tokenizer there ({error})") from error
-
-
-def questions_of(path: Path) -> dict[str, str]:
-    """Return normalised question -> "file, row n (id)" of a prepared or raw file.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    records, _ = read_records(path)
-    if "prompt" in records[0] and "reward_model" in records[0]:
-        texts = [(record["prompt"][-1]["content"].removesuffix(INSTRUCTION), "") for record in records]
-    else:
-        texts = [(problem.question, f" ({problem.id})") for problem in to_problems(records, path.stem)[0]]
-    return {normalized(text): f"{path.name}, row {row}{name}" for row, (text, name) in enumerate(texts)}
+    questions = HeldOut()
+    for path in paths:
+        for problem in to_problems(bar(iter_records(path), f"reading {path.name}"), path.stem)[0]:
+            if problem.fault is None:
+                questions.add(problem.question, f"{path.name}, row {problem.row} ({problem.id})")
+    return questions
 
 
 def prepare(
@@ -99,7 +78,7 @@ def prepare(
     out: Path,
     *,
     name: str | None = None,
-    against: list[Path] | None = None,
+    against: Sequence[Path] = (),
     drop_overlap: bool = False,
     model: str | None = None,
     max_prompt_tokens: int = MAX_PROMPT_TOKENS,
@@ -126,81 +105,129 @@ def prepare(
     Raises:
         DataError: the source cannot be read or must not be used; nothing was written.
     """
-    if prompt not in PROMPTS:
-        raise DataError(f"prompt is {prompt!r}; allowed: {', '.join(PROMPTS)}")
-    name = name or (source if source in HUB else Path(source).stem)
-    records, source_sha = read_hub(HUB[source]) if source in HUB else read_records(Path(source))
-    problems, layout = to_problems(records, name)
-    others: dict[str, str] = {}
-    for path in against or []:
-        others.update(questions_of(path))
-    tokenizer = load_tokenizer(model)
+    name = name or name_of(source)
+    target = out / f"{name}.parquet"
+    _check_target(source, name, target, prompt)
+    if source in HUB:
+        records, source_sha = read_hub(source)
+        problems, layouts = to_problems(records, name)
+    else:
+        problems, layouts = to_problems(bar(iter_records(Path(source)), f"reading {Path(source).name}"), name)
+        source_sha = file_sha256(Path(source))
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
     asked = verifier or Verifier()
     try:
         checked = check_problems(
             problems,
-            aime=name.lower().startswith("aime"),
-            evaluation=name.lower().startswith(EVALUATION_SETS),
-            against=others,
+            aime=plain.startswith("aime"),
+            evaluation=plain.startswith(EVALUATION_SETS),
+            against=held_out(against),
             drop_overlap=drop_overlap,
-            count_tokens=tokenizer and (lambda p: _count_tokens(tokenizer, p, prompt)),
+            count_tokens=_token_counter(model, prompt),
             max_prompt_tokens=max_prompt_tokens,
             verifier=asked,
         )
     finally:
         if verifier is None:
             asked.close()
-    if checked.refused:
-        raise DataError("\n".join(f"{source}: {finding}" for finding in checked.refused))
-    if not checked.kept:
-        raise DataError(f"{source}: no row is left of {len(problems)}")
-    data = _to_parquet(checked.kept, name, source_sha, prompt)
+    _check_left(checked, source, name, plain)
+    problems, rows = _with_own_ids(checked.kept), len(problems)
+    data = _to_parquet(problems, name, source_sha, prompt)
     card = {
         "name": name,
         "source": source if source in HUB else Path(source).name,
         "source_sha256": source_sha,
-        "layout": layout.name,
-        "output": f"{name}.parquet",
+        "layout": "; ".join(f"{columns}: {count}" for columns, count in layouts.most_common()),
+        "output": target.name,
         "output_sha256": sha256(data).hexdigest(),
-        "rows_in_source": len(problems),
-        "rows": len(checked.kept),
+        "rows_in_source": rows,
+        "rows": len(problems),
         "prompt": prompt,
         "token_limit": f"{max_prompt_tokens} tokens of {Path(model).name}" if model else "not checked (no --model)",
-        "checked_against": sorted(path.name for path in against or []),
+        "checked_against": sorted(path.name for path in against),
         **_counts(checked),
     }
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{name}.card.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     write_atomic(out / f"{name}.card.md", card_markdown(card))
     # Last, so that a parquet file always has its card.
-    write_atomic(out / f"{name}.parquet", data)
-    return out / f"{name}.parquet"
+    write_atomic(target, data)
+    return target
 
 
-def _count_tokens(tokenizer: Any, problem: Problem, prompt: str) -> int:
-    return len(tokenizer(render(messages(problem.question, prompt), tokenizer), add_special_tokens=False)["input_ids"])
+def _check_target(source: str, name: str, target: Path, prompt: str) -> None:
+    """Refuse what would be wrong however good the data are."""
+    problems = []
+    if prompt not in PROMPTS:
+        problems.append(f"prompt is {prompt!r}; allowed: {', '.join(PROMPTS)}")
+    if not name or "/" in name:
+        problems.append(f"name is {name!r}; allowed: a file name")
+    if source not in HUB and target.resolve() == Path(source).resolve():
+        problems.append(f"{target} is its own source; give another --name or --out")
+    if problems:
+        raise DataError(problems)
+
+
+def _check_left(checked: Checked, source: str, name: str, plain: str) -> None:
+    """Refuse a file for what its check found."""
+    if checked.refused:
+        raise DataError([f"{source}: {line}" for line in listed(checked.refused, _REFUSED_SHOWN)])
+    rows = len(checked.kept)
+    if not rows:
+        reasons = Counter(finding.kind for finding in checked.dropped)
+        raise DataError(
+            f"{source}: no row is left of {len(checked.dropped)}: "
+            + "; ".join(f"{count} {kind}" for kind, count in reasons.most_common())
+        )
+    whole = next((size for pattern, size in _WHOLE if pattern.fullmatch(plain)), rows)
+    if rows != whole:
+        raise DataError(f"{source}: {rows} problems; {name} has {whole}. Name a part otherwise: --name {name}-part")
+
+
+def _with_own_ids(problems: list[Problem]) -> list[Problem]:
+    """Return the problems, an id that several share followed by a hash of the question."""
+    count = Counter(problem.id for problem in problems)
+    return [
+        p if count[p.id] == 1 else p._replace(id=f"{p.id}-{sha256(p.question.encode()).hexdigest()[:8]}")
+        for p in problems
+    ]
+
+
+def _token_counter(model: str | None, prompt: str) -> Callable[[Sequence[Problem]], list[int]] | None:
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        return None
+
+    def count(problems: Sequence[Problem]) -> list[int]:
+        texts = [render(messages(problem.question, prompt), tokenizer) for problem in problems]
+        return list(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+
+    return count
 
 
 def _to_parquet(problems: list[Problem], name: str, source_sha: str, prompt: str) -> bytes:
-    rows = [
-        {
-            "data_source": name,
-            "prompt": messages(p.question, prompt),
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": p.answer},
-            "extra_info": {
-                "index": index,
-                "id": p.id,
-                "row": p.row,
-                "level": p.level,
-                "subject": p.subject,
-                "source_sha256": source_sha,
-            },
-        }
-        for index, p in enumerate(problems)
-    ]
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
+    with pq.ParquetWriter(buffer, SCHEMA) as writer, bar((), "writing", len(problems)) as progress:
+        for start in range(0, len(problems), _ROW_GROUP):
+            rows = [
+                {
+                    "data_source": name,
+                    "prompt": messages(p.question, prompt),
+                    "ability": "math",
+                    "reward_model": {"style": "rule", "ground_truth": p.answer},
+                    "extra_info": {
+                        "index": start + place,
+                        "id": p.id,
+                        "row": p.row,
+                        "level": p.level,
+                        "subject": p.subject,
+                        "source_sha256": source_sha,
+                    },
+                }
+                for place, p in enumerate(problems[start : start + _ROW_GROUP])
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+            progress.update(len(rows))
     return buffer.getvalue()
 
 
@@ -210,8 +237,11 @@ def _counts(checked: Checked) -> dict[str, Any]:
     return {
         "by_level": dict(sorted(levels.items())),
         "by_subject": dict(sorted(subjects.items())),
-        "dropped": [vars(finding) for finding in checked.dropped],
-        "suspect_but_kept": [vars(finding) for finding in checked.suspect],
+        "dropped_by_reason": dict(Counter(finding.kind for finding in checked.dropped).most_common()),
+        **{
+            key: [{"row": f.row, "id": f.id, "reason": f.reason} for f in first_of_each_kind(findings, _CARD_SHOWN)]
+            for key, findings in (("dropped", checked.dropped), ("suspect_but_kept", checked.suspect))
+        },
         "answers_compared_as_text": [p.row for p in checked.text_answers],
     }
 
@@ -222,8 +252,11 @@ def card_markdown(card: dict[str, Any]) -> str:
     lines = [f"# {card['name']}", ""]
     lines += [f"* {key.replace('_', ' ')}: {card[key]}" for key in (*keys, "token_limit")]
     lines += [f"* checked against: {', '.join(card['checked_against']) or 'nothing'}"]
-    lines += [f"* answers compared as text, rows: {', '.join(map(str, card['answers_compared_as_text'])) or 'none'}"]
-    for title, counts in (("level", card["by_level"]), ("subject", card["by_subject"])):
+    as_text = card["answers_compared_as_text"]
+    more = f" and {len(as_text) - _TEXTS_SHOWN} more" if len(as_text) > _TEXTS_SHOWN else ""
+    lines += [f"* answers compared as text, rows: {', '.join(map(str, as_text[:_TEXTS_SHOWN])) or 'none'}{more}"]
+    for title in ("level", "subject", "reason"):
+        counts = card["dropped_by_reason" if title == "reason" else f"by_{title}"]
         lines += ["", f"| {title} | rows |", "|---|---|", *(f"| {key} | {count} |" for key, count in counts.items())]
     lines += ["", f"Dropped: {len(card['dropped'])}", ""]
     lines += [f"* row {d['row']} ({d['id']}): {d['reason']}" for d in card["dropped"]]
@@ -236,17 +269,21 @@ def show(path: Path, *, model: str | None, rows: int, start: int) -> list[str]:
     """Return rendered prompts of a prepared file, each with its right answer.
 
     Raises:
-        DataError: the file is not in veRL's layout.
+        DataError: the file is not in veRL's layout, or has no such rows.
     """
-    records, _ = read_records(path)
-    if "prompt" not in records[0] or "reward_model" not in records[0]:
-        raise DataError(f"{path}: not in veRL's layout; make it with `rapo data prepare {path}`")
     tokenizer = load_tokenizer(model)
     shown = []
-    for i, record in list(enumerate(records))[start : start + rows]:
-        text = render(record["prompt"], tokenizer)
+    for i, record in islice(enumerate(iter_records(path)), start, start + rows):
+        if "prompt" not in record:
+            raise DataError(f"{path}: not in veRL's layout; make it with `rapo data prepare {path}`")
+        try:
+            text = render(record["prompt"], tokenizer)
+        except DataError as error:
+            raise DataError(f"{path}, row {i}: {error}") from error
         count = f", {len(tokenizer(text, add_special_tokens=False)['input_ids'])} tokens" if tokenizer else ""
-        identity = (record.get("extra_info") or {}).get("id", "no id")
-        answer = record["reward_model"]["ground_truth"]
-        shown.append(f"--- row {i} ({identity}{count}), answer {answer!r}\n{text}")
+        extra, reward = (x if isinstance(x := record.get(key), dict) else {} for key in ("extra_info", "reward_model"))
+        answer = reward.get("ground_truth")
+        shown.append(f"--- row {i} ({extra.get('id') or 'no id'}{count}), answer {answer!r}\n{text}")
+    if not shown:
+        raise DataError(f"{path}: has no row {start}")
     return shown

@@ -1,42 +1,57 @@
 """Which problems must not be used: some are dropped with a reason, some make the whole file suspect."""
 
 import re
-import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
+from tqdm import tqdm
+
+from rapo_verl.data.chat import prompt_mark
 from rapo_verl.data.layouts import Problem
+from rapo_verl.data.overlap import HeldOut, aime_keys, normalized
 from rapo_verl.reward import Verdict, Verifier
 from rapo_verl.reward.answer import normalize, parse_integer
+from rapo_verl.run.progress import bar_interval
 
-# Keys that circulate wrongly: (year, contest, number) -> (wrong, right).
-_WRONG_KEYS = {("2024", "I", 8): (480, 197)}
-_AIME_ID = re.compile(r"(20\d\d)[-_ ]?(I{1,2})[-_ ](\d{1,2})\b")
-_TEMPLATE_MARKS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "put your final answer within")
+# "2024-I-8", "2024_AIME_1_Problem_8"
+_AIME_ID = re.compile(
+    r"(20[0-9]{2})[-_ ]*(?:AIME)?[-_ ]*(II?|[12])(?=[-_ P])[-_ ]*(?:P(?:ROBLEM)?)?[-_ ]*([0-9]{1,2})(?![0-9])"
+)
+_CONTEST = {"1": "I", "2": "II"}
 _DEGREES = re.compile(r"\^(?:\\circ|\{\\circ\})|°")
-_BAD = ("Cc", "Cs")
+# Control characters but for the tab and line breaks, lone surrogates, and what stands for a lost character.
+_LOST = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
 # The tab of "\triangle", the return of "\right", the newline of "\neq".
 _EATEN = re.compile(r"\t(?:ext|imes|riangle|heta|frac)|\r(?:ight|angle|ceil|floor)|\n(?:eq\b|abla)")
 _ROWS = re.compile(r"\\begin\{(cases|array|[a-z]*matrix|align\*?|aligned|gather\*?)\}(.*?)\\end\{\1\}", re.DOTALL)
+_LETTER = re.compile(r"[A-E]")
 # Share of suspect rows above which a training set is refused as well.
 _MAX_SUSPECT = 0.01
+# Share of answers that are letters of choices that no question shows, above which the set has lost its choices.
+_MAX_LETTERS = 0.2
+# How many rows are worked on between two moves of a bar.
+_CHUNK = 4096
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One problem of one row."""
+class Finding(NamedTuple):
+    """One problem of one row: what kind it is, and what of it is this row's own."""
 
     row: int
     id: str
-    reason: str
+    kind: str
+    detail: str = ""
+
+    @property
+    def reason(self) -> str:
+        """The kind and the detail in one sentence."""
+        return self.kind + self.detail
 
     def __str__(self) -> str:
         return f"row {self.row} ({self.id}): {self.reason}"
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(NamedTuple):
     """What is left of a file, what was left out, and what is wrong enough to refuse the file."""
 
     kept: list[Problem]
@@ -47,12 +62,9 @@ class Checked:
     text_answers: list[Problem]
 
 
-def normalized(question: str) -> str:
-    """Return a question without what differs between copies of it: case, spaces, LaTeX spacing, punctuation."""
-    text = unicodedata.normalize("NFKC", question).lower()
-    text = re.sub(r"\\(?:left|right|displaystyle|,|;|!|:|quad|qquad)", "", text).replace("\\dfrac", "\\frac")
-    # A dot or comma between digits is part of a number.
-    return re.sub(r"[\s$;:?!~{}]+|(?<![0-9])[.,]|[.,](?![0-9])", "", text)
+def bar(items: Iterable, what: str, total: int | None = None) -> tqdm:
+    """Return a progress bar over rows, not shown for what takes a moment."""
+    return tqdm(items, desc=what, total=total, unit="row", delay=2, mininterval=bar_interval())
 
 
 def check_problems(
@@ -60,9 +72,9 @@ def check_problems(
     *,
     aime: bool,
     evaluation: bool,
-    against: dict[str, str],
+    against: HeldOut,
     drop_overlap: bool,
-    count_tokens: Callable[[Problem], int] | None,
+    count_tokens: Callable[[Sequence[Problem]], list[int]] | None,
     max_prompt_tokens: int,
     verifier: Verifier,
 ) -> Checked:
@@ -71,138 +83,209 @@ def check_problems(
     Dropped: no answer, an answer that nothing equals (not even itself), a question seen before (with another answer:
     both), a prompt over the limit. Refused: control characters, a question that is a prompt already, an AIME answer
     that is no integer in 0..999 or known to be wrong, and, unless they are to be dropped, questions of ``against``.
-    Of an evaluation set nothing may be suspect and nothing dropped, since scores on a part are not comparable; of a
-    training set up to `_MAX_SUSPECT` of the rows may be suspect; they are named and kept.
+    Of an evaluation set nothing may be suspect and nothing dropped but copies, since scores on a part are not
+    comparable; of a training set up to `_MAX_SUSPECT` of the rows may be suspect; they are named and kept.
 
     Args:
         problems: of one file, in order.
         aime: answers must be integers in 0..999; they are made canonical ("025" and "336^\circ" circulate).
         evaluation: this is an evaluation set.
-        against: normalised question -> where it is, of the sets that must not overlap with this one.
+        against: what must not overlap with this one.
         drop_overlap: leave out what overlaps instead of refusing the file.
-        count_tokens: number of tokens of a problem's rendered prompt, or None: not checked.
+        count_tokens: numbers of tokens of problems' rendered prompts, or None: not checked.
         max_prompt_tokens: the limit.
         verifier: asked whether an answer is one.
     """
-    refused = [Finding(p.row, p.id, reason) for p in problems for reason in _corruptions(p)]
+    refused: list[Finding] = []
     dropped: list[Finding] = []
-    kept = []
-    for problem in problems:
-        reason = "empty answer" if not normalize(problem.answer) else None
-        reason = reason or ("empty question" if not normalized(problem.question) else None)
-        if reason is None and aime:
+    suspect: list[Finding] = []
+    overlapping: list[Finding] = []
+    kept: list[Problem] = []
+    for problem in bar(problems, "checking questions"):
+        refused += _findings(problem, _corruptions(problem))
+        suspect += _findings(problem, _suspicions(problem))
+        fault = problem.fault or _nothing(problem)
+        if fault is not None:
+            dropped.append(Finding(problem.row, problem.id, *fault))
+            continue
+        if aime:
             problem, wrong = _canonical_aime(problem)
             refused += wrong
-        (dropped.append(Finding(problem.row, problem.id, reason)) if reason else kept.append(problem))
-    kept, more = _without_duplicates(kept)
-    dropped += more
-    where = [(p, against.get(normalized(p.question))) for p in kept]
-    overlapping = [Finding(p.row, p.id, f"is also {other}") for p, other in where if other]
-    suspect = [Finding(p.row, p.id, reason) for p in problems for reason in _suspicions(p)] + _near_duplicates(kept)
+        kept.append(problem)
+    kept, copies, contradictions = _without_duplicates(kept, verifier)
+    dropped += contradictions
+    suspect += _near_duplicates(kept)
+    if len(against):
+        for problem in bar(kept, "comparing with --against"):
+            overlapping += _findings(problem, [("overlap: is also ", against.find(problem.question))])
+    refused += _letters_of_no_choices(kept)
     if evaluation or len(suspect) > _MAX_SUSPECT * len(problems):
         refused += suspect
     (dropped if drop_overlap else refused).extend(overlapping)
     texts: list[Problem] = []
     if not refused:
-        # These take seconds, and a refused file is not asked about further.
-        kinds = verifier.kinds_of([problem.answer for problem in kept])
-        texts = [problem for problem, kind in zip(kept, kinds) if kind == "string"]
-        dropped += _too_long(kept, count_tokens, max_prompt_tokens) + _unanswerable(kept, kinds, verifier)
+        # These take longest, and a refused file is not asked about further.
+        unanswerable, texts = _judge(kept, verifier)
+        dropped += unanswerable + _too_long(kept, count_tokens, max_prompt_tokens)
     if evaluation:
         refused += dropped
+    dropped += copies
     gone = {finding.row for finding in dropped}
     kept = [problem for problem in kept if problem.row not in gone]
-    dropped, refused, suspect = (sorted(f, key=lambda finding: finding.row) for f in (dropped, refused, suspect))
-    return Checked(kept, dropped, refused, suspect, texts)
+    return Checked(kept, sorted(dropped), sorted(refused), sorted(suspect), [p for p in texts if p.row not in gone])
 
 
-def _corruptions(problem: Problem) -> Iterable[str]:
-    """Return what no intact file has."""
+def first_of_each_kind(findings: Iterable[Finding], most: int) -> list[Finding]:
+    """Return the first ``most`` findings of each kind: a fault of a whole file is one of every row."""
+    seen: Counter[str] = Counter()
+    return [finding for finding in findings if not seen.update([finding.kind]) and seen[finding.kind] <= most]
+
+
+def listed(findings: Sequence[Finding], most: int) -> list[str]:
+    """Return a line for each of the first ``most`` findings of a kind, and one for how many more of it there are."""
+    more = Counter(finding.kind for finding in findings)
+    lines = [str(finding) for finding in first_of_each_kind(findings, most)]
+    return lines + [f"{count - most} more rows: {kind.strip()}" for kind, count in more.items() if count > most]
+
+
+def _findings(problem: Problem, kinds: Iterable[tuple[str, str | None]]) -> list[Finding]:
+    return [Finding(problem.row, problem.id, kind, detail) for kind, detail in kinds if detail is not None]
+
+
+def _nothing(problem: Problem) -> tuple[str, str] | None:
+    if not normalize(problem.answer):
+        return "empty answer", ""
+    return None if any(map(str.isalnum, problem.question)) else ("empty question", "")
+
+
+def _corruptions(problem: Problem) -> Iterator[tuple[str, str | None]]:
+    """Yield what no intact file has."""
     for name, text in (("question", problem.question), ("answer", problem.answer)):
-        bad = sorted({f"U+{ord(c):04X}" for c in text if unicodedata.category(c) in _BAD and c not in "\n\t\r"})
-        if bad or "\ufffd" in text:
+        lost = sorted({f"U+{ord(character):04X}" for character in _LOST.findall(text)})
+        if lost:
             yield (
-                f"{name} has control or lost characters ({', '.join(bad) or 'U+FFFD'}), as where a LaTeX command was "
-                "decoded once too often; get an intact copy"
+                f"{name} has control or lost characters, as where a LaTeX command was decoded once too often; get an "
+                "intact copy",
+                f" ({', '.join(lost)})",
             )
-    for mark in _TEMPLATE_MARKS:
-        if mark in problem.question:
-            yield f"question is a prompt already (has {mark!r}); it would be wrapped twice: give the bare question"
+    mark = prompt_mark(problem.question)
+    if mark is not None:
+        yield "question is a prompt already; it would be wrapped twice: give the bare question", f" (has {mark!r})"
 
 
-def _suspicions(problem: Problem) -> Iterable[str]:
-    """Return what is almost surely damage, but made of characters that text may have."""
+def _suspicions(problem: Problem) -> Iterator[tuple[str, str | None]]:
+    """Yield what is almost surely damage, but made of characters that text may have."""
     eaten = sorted({f"U+{ord(match[0][0]):04X} before {match[0][1:]!r}" for match in _EATEN.finditer(problem.question)})
     if eaten:
-        yield f"question has {', '.join(eaten)} where a LaTeX command stood; get an intact copy"
+        yield "question has lost the begin of a LaTeX command; get an intact copy", f" ({', '.join(eaten)})"
     for match in _ROWS.finditer(problem.question):
         if "\\ " in match[2] and "\\\\" not in match[2]:
-            yield f"question has a {match[1]} environment whose row breaks lost a backslash; get an intact copy"
+            yield "question has an environment whose row breaks lost a backslash; get an intact copy", f" ({match[1]})"
+
+
+def _named(identity: str) -> str | None:
+    match = _AIME_ID.search(identity.upper())
+    return match and f"{match[1]}-{_CONTEST.get(match[2], match[2])}-{int(match[3])}"
 
 
 def _canonical_aime(problem: Problem) -> tuple[Problem, list[Finding]]:
     value = parse_integer(_DEGREES.sub("", normalize(problem.answer)))
     if value is None or not 0 <= value <= 999:
-        reason = f"answer {problem.answer!r} is no integer in 0..999, as every AIME answer is"
-        return problem, [Finding(problem.row, problem.id, reason)]
-    match = _AIME_ID.search(problem.id)
-    wrong, right = _WRONG_KEYS.get((match[1], match[2], int(match[3])), (None, None)) if match else (None, None)
-    if value == wrong:
-        reason = f"answer {value} is a wrong key that circulates; the right one is {right}"
-        return problem, [Finding(problem.row, problem.id, reason)]
-    return replace(problem, answer=str(value)), []
+        wrong = ("answer is no integer in 0..999, as every AIME answer is", f": {problem.answer!r}")
+        return problem, _findings(problem, [wrong])
+    # By its words, for every publisher has other ids; by its id where the words are others.
+    problems, keys = aime_keys()
+    name = problems.find(problem.question) or _named(problem.id)
+    if name in keys and keys[name] != value:
+        wrong = ("answer is a wrong key", f" {value}: this is AIME {name}, the right one is {keys[name]}")
+        return problem, _findings(problem, [wrong])
+    return problem._replace(answer=str(value)), []
 
 
-def _without_duplicates(problems: list[Problem]) -> tuple[list[Problem], list[Finding]]:
-    groups = defaultdict(list)
+def _without_duplicates(
+    problems: list[Problem], verifier: Verifier
+) -> tuple[list[Problem], list[Finding], list[Finding]]:
+    """Return each question's first problem, its copies, and what cannot be told since the answers differ."""
+    groups: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         groups[problem.question.strip()].append(problem)
-    kept, dropped = [], []
-    for first, *others in groups.values():
-        if all(normalize(other.answer) == normalize(first.answer) for other in others):
+    kept, copies, contradictions = [], [], []
+    for group in groups.values():
+        first, *others = group
+        spellings = {normalize(p.answer): p.answer for p in others if normalize(p.answer) != normalize(first.answer)}
+        boxes = [f"\\boxed{{{answer}}}" for answer in spellings.values()]
+        verdicts = verifier.verify_many(boxes, [first.answer] * len(boxes)) if boxes else []
+        if all(verdict is Verdict.correct for verdict, _ in verdicts):
             kept.append(first)
-            dropped += [Finding(o.row, o.id, f"same question as row {first.row}") for o in others]
+            copies += [Finding(p.row, p.id, "same question", f" as row {first.row}") for p in others]
         else:
-            rows = ", ".join(str(p.row) for p in (first, *others))
-            answers = ", ".join(repr(p.answer) for p in (first, *others))
-            reason = f"rows {rows} are one question with different answers ({answers})"
-            dropped += [Finding(p.row, p.id, reason) for p in (first, *others)]
-    return sorted(kept, key=lambda p: p.row), dropped
+            answers = ", ".join(repr(answer) for answer in dict.fromkeys(p.answer for p in group))
+            detail = f" ({answers}), rows {', '.join(str(p.row) for p in group)}"
+            contradictions += [Finding(p.row, p.id, "one question with different answers", detail) for p in group]
+    return kept, copies, contradictions
 
 
 def _near_duplicates(problems: list[Problem]) -> list[Finding]:
     """Return the problems that differ from an earlier one only in spaces, case or punctuation."""
-    seen: dict[str, Problem] = {}
+    seen: dict[int, int] = {}
     findings = []
     for problem in problems:
-        first = seen.setdefault(normalized(problem.question), problem)
-        if first is not problem:
-            findings.append(Finding(problem.row, problem.id, f"same question as row {first.row} but for punctuation"))
+        first = seen.setdefault(hash(normalized(problem.question)), problem.row)
+        if first != problem.row:
+            findings.append(Finding(problem.row, problem.id, "same question but for punctuation", f" as row {first}"))
     return findings
+
+
+def _letters_of_no_choices(problems: list[Problem]) -> list[Finding]:
+    letters = [
+        p
+        for p in problems
+        if _LETTER.fullmatch(p.answer) and not re.search(rf"(?<![A-Za-z]){p.answer}(?![A-Za-z])", p.question)
+    ]
+    if len(letters) <= _MAX_LETTERS * len(problems):
+        return []
+    kind = "answer is the letter of a choice that the question does not show; the file has lost its choices"
+    return [Finding(p.row, p.id, kind, f" ({p.answer})") for p in letters]
+
+
+def _chunks(items: list) -> Iterator[list]:
+    return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
 
 
 def _too_long(
-    problems: list[Problem], count_tokens: Callable[[Problem], int] | None, max_prompt_tokens: int
+    problems: list[Problem], count_tokens: Callable[[Sequence[Problem]], list[int]] | None, max_prompt_tokens: int
 ) -> list[Finding]:
-    if count_tokens is None:
-        return []
-    counts = [(problem, count_tokens(problem)) for problem in problems]
-    return [
-        Finding(p.row, p.id, f"prompt has {count} tokens, more than {max_prompt_tokens}")
-        for p, count in counts
-        if count > max_prompt_tokens
-    ]
-
-
-def _unanswerable(problems: list[Problem], kinds: list[str], verifier: Verifier) -> list[Finding]:
-    """Return the problems whose answer, put in a box, is not found right: no response ever could be."""
-    verdicts = verifier.verify_many([f"\\boxed{{{p.answer}}}" for p in problems], [p.answer for p in problems])
-    findings = []
-    for problem, (verdict, _), kind in zip(problems, verdicts, kinds):
-        if verdict is not Verdict.correct:
-            findings.append(
-                Finding(problem.row, problem.id, f"answer {problem.answer!r} does not equal itself ({verdict})")
-            )
-        elif kind in ("nothing", "unreadable"):
-            findings.append(Finding(problem.row, problem.id, f"answer {problem.answer!r} does not parse"))
+    findings: list[Finding] = []
+    if count_tokens is not None:
+        with bar((), "counting tokens", len(problems)) as progress:
+            for some in _chunks(problems):
+                findings += [
+                    Finding(p.row, p.id, f"prompt has more than {max_prompt_tokens} tokens", f": {count}")
+                    for p, count in zip(some, count_tokens(some))
+                    if count > max_prompt_tokens
+                ]
+                progress.update(len(some))
     return findings
+
+
+def _judge(problems: list[Problem], verifier: Verifier) -> tuple[list[Finding], list[Problem]]:
+    """Return the problems whose answer is not found right in a box, and those whose answer is compared as text."""
+    kinds: dict[str, str] = {}
+    verdicts: dict[str, Verdict] = {}
+    answers = list(dict.fromkeys(problem.answer for problem in problems))
+    with bar((), "checking answers", len(answers)) as progress:
+        for some in _chunks(answers):
+            kinds.update(zip(some, verifier.kinds_of(some)))
+            boxed = verifier.verify_many([f"\\boxed{{{answer}}}" for answer in some], some)
+            verdicts.update((answer, verdict) for answer, (verdict, _) in zip(some, boxed))
+            progress.update(len(some))
+    findings = []
+    for p in problems:
+        if verdicts[p.answer] is not Verdict.correct:
+            kind, detail = "answer does not equal itself", f": {p.answer!r} ({verdicts[p.answer]})"
+        elif kinds[p.answer] in ("nothing", "unreadable"):
+            kind, detail = "answer does not parse", f": {p.answer!r}"
+        else:
+            continue
+        findings.append(Finding(p.row, p.id, kind, detail))
+    return findings, [p for p in problems if kinds[p.answer] == "string"]

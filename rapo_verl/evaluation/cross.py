@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rapo_verl.data.prepare import load_tokenizer, render
+from rapo_verl.data.chat import load_tokenizer, render
 from rapo_verl.evaluation.engines import EngineSpec, VllmEngine
 from rapo_verl.evaluation.score import score_path
 from rapo_verl.evaluation.spec import PlanError, model_sha256

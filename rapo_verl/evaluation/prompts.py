@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rapo_verl.data.prepare import render
+from rapo_verl.data.chat import render
 from rapo_verl.evaluation.spec import PlanError, Problem
 
 # End tokens of chat formats. Base models of the Qwen family end with one that their config does not name.
@@ -33,12 +33,14 @@ def load_prompts(
     except (OSError, ValueError) as error:
         raise PlanError(f"{folder}: {error}") from error
     prompts = tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-    longest = max(map(len, prompts)) + max_tokens
+    prompt = max(map(len, prompts))
+    longest = prompt + max_tokens
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
+        mend = f"lower max_tokens to {limit - prompt}" if limit > prompt else "leave it out, or take another model"
         raise PlanError(
-            f"the longest prompt and max_tokens ({max_tokens}) need {longest} positions, the model has {limit}; "
-            f"lower max_tokens to {limit - longest + max_tokens}"
+            f"the longest prompt ({problems[[len(p) for p in prompts].index(prompt)].id!r}, {prompt} tokens) and "
+            f"max_tokens ({max_tokens}) need {longest} positions, the model has {limit}; {mend}"
         )
     vocabulary = tokenizer.get_vocab()
     ends = {tokenizer.eos_token_id, *(vocabulary[token] for token in _END_TOKENS if token in vocabulary)}

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from rapo_verl.evaluation.spec import PlanError
-from rapo_verl.evaluation.store import SCORES, ShardError, Store, read_stated, write_table
+from rapo_verl.evaluation.store import SCORES, ShardError, Store, read_stated, read_table, write_table
 from rapo_verl.reward import Verifier, VerifierSettings
 
 SCHEMA = pa.schema(
@@ -116,8 +116,7 @@ def _outdated(store: Store, settings: VerifierSettings) -> list[tuple[int, dict[
         except ShardError as error:
             faults.append(str(error))
             continue
-        path = score_path(store, problem)
-        if not path.exists() or read_stated(path)["basis"] != want:
+        if not _judged(store, problem, want):
             todo.append((problem, want))
     if faults:
         raise PlanError(
@@ -125,6 +124,16 @@ def _outdated(store: Store, settings: VerifierSettings) -> list[tuple[int, dict[
             f"First: {faults[0]}"
         )
     return todo
+
+
+def _judged(store: Store, problem: int, want: dict[str, Any]) -> bool:
+    """Return whether a problem's verdicts are there, whole (every page is read), and rest on what they should."""
+    path = score_path(store, problem)
+    try:
+        stated = read_stated(path)
+        return stated.get("basis") == want and read_table(path).num_rows == store.manifest["n"]
+    except ShardError:
+        return False
 
 
 _scorer: dict[str, Any] = {}

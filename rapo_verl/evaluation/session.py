@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import datetime
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -55,7 +56,12 @@ class Subject:
             shard=shard,
             versions=_versions(),
         )
-        notes = {"model": self.model, "weights": str(self.folder), "commit": str(git_commit())}
+        notes = {
+            "model": self.model,
+            "weights": str(self.folder),
+            "commit": str(git_commit()),
+            "date": datetime.date.today().isoformat(),
+        }
         return Draw(plan, Store.create(out, plan, notes))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rapo_verl import Refused
-from rapo_verl.data.layouts import DataError, read_records
+from rapo_verl.data.sources import DataError, read_records
 from rapo_verl.run.seeds import sampling_seed
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "rapo_verl.evaluation/1"
 # Samples of one shard: enough that a file is worth its overhead, few enough that a kill costs little.
@@ -152,12 +155,12 @@ class Plan:
 def read_problems(files: Sequence[Path], limit: int | None = None) -> tuple[tuple[Problem, ...], dict[str, str]]:
     """Return the problems of veRL parquet files (`rapo data prepare`) and each file's sha256.
 
-    An id is the row's own; with several files the set's name stands before it. The group is the subject, or with
-    several files the set.
+    A question that a file repeats is one problem. An id is the row's own; with several files the set's name stands
+    before it. The group is the subject, or with several files the set.
 
     Args:
         files: at least one.
-        limit: take only the first rows of each file.
+        limit: take only the first problems of each file.
 
     Raises:
         PlanError: a file cannot be read or has another layout, all faults at once.
@@ -170,11 +173,13 @@ def read_problems(files: Sequence[Path], limit: int | None = None) -> tuple[tupl
         except DataError as error:
             faults.append(str(error))
             continue
-        missing = {"prompt", "reward_model"} - records[0].keys()
+        missing = {column for column in ("prompt", "reward_model") if not all(column in row for row in records)}
         if missing:
             faults.append(f"{path}: lacks {', '.join(sorted(missing))}; make it with `rapo data prepare`")
             continue
-        problems += [_problem(record, row, path, len(files) > 1) for row, record in enumerate(records[:limit])]
+        found, wrong = _distinct(path, records, len(files) > 1)
+        problems += found[:limit]
+        faults += wrong
     if len(data) < len(files) and not faults:
         faults.append(f"file names must differ; got {', '.join(str(path) for path in files)}")
     if faults:
@@ -182,17 +187,67 @@ def read_problems(files: Sequence[Path], limit: int | None = None) -> tuple[tupl
     return tuple(problems), data
 
 
-def _problem(record: dict[str, Any], row: int, path: Path, several: bool) -> Problem:
+def _distinct(path: Path, records: list[dict[str, Any]], several: bool) -> tuple[list[Problem], list[str]]:
+    """Return each problem of a file once, in order, and what is wrong with its rows (the first three faults).
+
+    Some sets hold every problem 32 times, for engines that sample once: as problems of their own they would make every
+    interval too narrow.
+    """
+    problems: dict[str, Problem] = {}
+    faults: list[str] = []
+    for row, record in enumerate(records):
+        problem = _problem(record, row, path, several)
+        if isinstance(problem, str):
+            faults.append(f"{path}, row {row}: {problem}")
+            continue
+        known = problems.setdefault(json.dumps(problem.messages), problem)
+        if known.gold != problem.gold:
+            faults.append(f"{path}, row {row}: the question of {known.id!r} with another right answer: "
+                          f"{problem.gold!r}, there {known.gold!r}")  # fmt: skip
+    copies = len(records) - len(problems)
+    if copies and not faults:
+        logger.warning("%s: %d rows repeat a question; %d problems are left", path, copies, len(problems))
+    more = [f"{path}: {len(faults) - 3} more rows like these"] if len(faults) > 3 else []
+    return list(problems.values()), faults[:3] + more
+
+
+def _problem(record: dict[str, Any], row: int, path: Path, several: bool) -> Problem | str:
+    """Return the problem of a row, or what is wrong with it."""
     extra = record.get("extra_info") or {}
     source = str(record.get("data_source") or path.stem)
-    name = str(extra.get("id") or row)
+    number = extra.get("id")
+    name = str(row if number is None else number)
+    turns = record["prompt"]
+    if isinstance(turns, str):
+        return "prompt is a text; allowed: chat messages, which `rapo data prepare` makes of it"
+    messages = []
+    for turn in turns or ():
+        content = _text(turn.get("content")) if isinstance(turn, dict) else None
+        if content is None or not isinstance(turn.get("role"), str):
+            return f"prompt has the message {turn!r}; allowed: a role and a content of text alone"
+        messages.append({"role": turn["role"], "content": content})
+    if not messages or not messages[-1]["content"].strip():
+        return f"prompt is {turns!r}; allowed: chat messages that end with a question"
+    gold = (record["reward_model"] or {}).get("ground_truth")
+    # A number that a table made of a text may have lost what the text said: 027, 1e5, nan.
+    if isinstance(gold, bool) or not isinstance(gold, str | int) or not str(gold).strip():
+        return f"reward_model.ground_truth is {gold!r}; allowed: the right answer as text, or an integer"
     return Problem(
         id=f"{source}/{name}" if several else name,
         source=source,
         group=source if several else str(extra.get("subject") or source),
-        gold=str(record["reward_model"]["ground_truth"]),
-        messages=tuple({key: str(turn[key]) for key in ("role", "content")} for turn in record["prompt"]),
+        gold=str(gold),
+        messages=tuple(messages),
     )
+
+
+def _text(content: Any) -> str | None:
+    """Return the text of a message's content: itself, or that of its parts if each is text; else None."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [None]
+    texts = [part["text"] if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+    return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None  # type: ignore[arg-type]
 
 
 def model_sha256(folder: Path) -> str:
@@ -206,8 +261,15 @@ def model_sha256(folder: Path) -> str:
         raise PlanError(f"{folder} is no Hugging Face checkpoint: it lacks config.json or weights")
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as stream:
-            digest.update(f"{path.name}\n{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{path.name}\n{_file_sha(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_sha(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ ESTIMATORS = (*SAMPLE_ESTIMATORS, *PER_TOKEN_ESTIMATORS)
 FULL_VOCABULARY = 4096
 READINGS = ("token", "nucleus", "unnormalized")
 PHI_SHAPES = ("linear", "step", "power")
+HEADS = ("auto", "fast", "verl")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class RapoConfig:
 
     forward_kl: ForwardKLConfig = field(default_factory=ForwardKLConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    # One of HEADS: what makes log-probs and entropy of logits in the update, the old log-prob and the reference pass.
+    # `fast` is head.py, with plain GRPO too; `verl` is veRL's wherever it can serve; `auto` is fast while RAPO is on,
+    # unless something is set that only veRL's has.
+    head: str = "auto"
 
     @property
     def enabled(self) -> bool:
@@ -85,6 +90,7 @@ class RapoConfig:
         """Return every problem of the settings as one line each (empty: none)."""
         kl, ref = self.forward_kl, self.reference
         checks = [
+            (self.head in HEADS, f"rapo.head is {self.head!r}; allowed: {', '.join(HEADS)}"),
             (
                 math.isfinite(kl.coef) and kl.coef >= 0,
                 f"rapo.forward_kl.coef (alpha) is {kl.coef}; allowed: a finite number >= 0 (0 switches RAPO off)",

@@ -176,9 +176,9 @@ class _Head(torch.autograd.Function):
             ids, log_q, log_tail = (field[part] for field in target)
             ids = torch.cat([ids, labels[part, None]], 1)
             peak, packed = how.sweeps.sums(logits, where, inverse[part], ids, how.group, how.start)
-            z_named, z_label, tail, z_mean = packed.split([k, 1, 1, 1], 1)
-            # Both parts positive: no cancellation, whichever is small.
-            log_mass = (tail[:, 0] + z_named.exp().sum(1)).log()
+            z_named, z_label, tail, mass, z_mean = packed.split([k, 1, 1, 1, 1], 1)
+            # Of all tokens and not of tail and named: with and without a target a log-prob has the same bits.
+            log_mass = mass[:, 0].log()
             log_p = z_named - log_mass[:, None]
             # A tail below the smallest number counts as that number: a finite KL and gradient.
             log_tail_p = tail[:, 0].clamp_min(torch.finfo(tail.dtype).tiny).log() - log_mass

@@ -45,9 +45,10 @@ class GradientTerms(NamedTuple):
 def sums(
     logits: torch.Tensor, where: slice | torch.Tensor, inverse: torch.Tensor, ids: torch.Tensor, group, start: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the maximum m of z = logits / T over all shards and, in one tensor (c, k + 3), sums over all shards.
+    """Return the maximum m of z = logits / T over all shards and, in one tensor (c, k + 4), sums over all shards.
 
-    They are z - m at ``ids`` (k and the label), the sum of e^(z - m) off all but the last id, and of (z - m) e^(z - m).
+    They are z - m at ``ids`` (k and the label), the sum of e^(z - m) off all but the last id, over all tokens, and of
+    (z - m) e^(z - m).
 
     Args:
         logits: shape (n, columns), float.
@@ -66,9 +67,12 @@ def sums(
     at_ids = z.gather(1, local) * inside
     p = z.exp()
     mean = z.mul_(p).sum(1, keepdim=True)
-    # The tail is a sum of what is left, not one minus the rest: in fp32 that is off by 33 % at a tail of 1e-5.
-    _zero_at(p, local[:, :-1], inside[:, :-1])
-    packed = torch.cat([at_ids, p.sum(1, keepdim=True), mean], 1)
+    total = tail = p.sum(1, keepdim=True)
+    if ids.shape[1] > 1:
+        # The tail is a sum of what is left, not one minus the rest: in fp32 that is off by 33 % at a tail of 1e-5.
+        _zero_at(p, local[:, :-1], inside[:, :-1])
+        tail = p.sum(1, keepdim=True)
+    packed = torch.cat([at_ids, tail, total, mean], 1)
     if group is not None:
         dist.all_reduce(packed, group=group)
     return peak, packed

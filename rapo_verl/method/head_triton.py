@@ -117,10 +117,10 @@ def sums(
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
         # From this shard's maximum to that of all.
         shift = own - peak
-        mean, tail = (mean + shift * total) * shift.exp(), tail * shift.exp()
+        mean, tail, total = (mean + shift * total) * shift.exp(), tail * shift.exp(), total * shift.exp()
     local, inside = local_columns(ids, start, columns)
     at_ids = (logits[index[:, None], local] * inverse[:, None] - peak[:, None]) * inside
-    packed = torch.cat([at_ids, tail[:, None], mean[:, None]], 1)
+    packed = torch.cat([at_ids, tail[:, None], total[:, None], mean[:, None]], 1)
     if group is not None:
         dist.all_reduce(packed, group=group)
     return peak, packed

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from rapo_verl.report.training_curves import TRAINING_METRICS, series
+from rapo_verl.report.statistics import TRAINING_METRICS, Numbers, series
 
 # One colour a role, so that a model looks the same in every figure and table; the rest is Okabe and Ito's palette,
 # which people with any common colour blindness can tell apart.
@@ -57,7 +57,7 @@ def model_colours(roles: Mapping[str, str]) -> dict[str, str]:
     """Return one colour for each name: its role's for the first of a role, one of the palette for all others.
 
     Args:
-        roles: Name to role, as `rapo_verl.report.summary.role_of` returns it.
+        roles: Name to role, of `rapo_verl.report.study.EvalResult`.
     """
     colours: dict[str, str] = {}
     spare = iter(OTHER_COLOURS * (1 + len(roles) // len(OTHER_COLOURS)))
@@ -67,74 +67,59 @@ def model_colours(roles: Mapping[str, str]) -> dict[str, str]:
     return colours
 
 
-def passk_figure(summary: Mapping[str, Any], colours: Mapping[str, str], *, narrow: bool = False) -> Figure:
-    """Return pass@k over k on a log2 axis, Full and Hard, a row for each set of problems.
+def passk_figure(numbers: Numbers, colours: Mapping[str, str], panels: Sequence[tuple[str, str]]) -> Figure:
+    """Return pass@k over k on a log2 axis, one panel for each (set, scope), those of a set beside each other.
 
     Sampled lines with bands; enumerated lines dashed beyond n/2; dotted, what guessing would reach. This is the layout
-    of figure 3 of arXiv 2510.03865. Without a draw that chose Hard there is no Hard.
-
-    Args:
-        summary: What `rapo_verl.report.summary.summarise` returns.
-        colours: Name to colour.
-        narrow: One panel below the other, for a phone.
+    of figure 3 of arXiv 2510.03865.
     """
-    whole = {"label": "", "problems": summary["problems"], "hard": len(summary["hard"]["ids"])}
-    rows = summary["sets"] or [whole | {"models": summary["models"]}]
-    scopes = ("full", "hard") if summary["hard"]["n"] else ("full",)
-    draw = "the SAME draw" if summary["hard"]["same_draw"] else "another draw"
+    columns = min(len(panels), len(numbers.study.scopes))
     with _style():
-        height = 4.1 * len(rows) * (len(scopes) if narrow else 1) + 0.6
-        columns = 1 if narrow else len(scopes)
-        figure = Figure(figsize=(5.0 if narrow else 5.2 * max(columns, 1.6), height), layout="constrained")
-        axes = figure.subplots(len(rows) * len(scopes) // columns, columns, squeeze=False).ravel()
-        panels = [(row, scope) for row in rows for scope in scopes]
-        for axis, (row, scope) in zip(axes, panels, strict=True):
-            words = f"Full · {row['problems']} problems"
-            if scope == "hard":
-                words = f"Hard · {row['hard']} problems the base failed in {draw}"
-            axis.set_title(f"{row['label']} {words}".strip())
-            _passk_panel(axis, summary, row["models"], scope, colours)
-            if narrow or scope == "full":
+        figure = Figure(figsize=(5.2 * columns, 4.1 * len(panels) / columns + 0.6), layout="constrained")
+        axes = figure.subplots(len(panels) // columns, columns, squeeze=False).ravel()
+        for i, (axis, (label, scope)) in enumerate(zip(axes, panels)):
+            axis.set_title(panel_title(numbers, label, scope))
+            _passk_panel(axis, numbers, label, scope, colours)
+            if i % columns == 0:
                 axis.set_ylabel("pass@k")
-        _legend(figure, {m["name"]: m["role"] for m in summary["models"]}, colours, columns=2 if narrow else 5)
+        _legend(figure, {r.name: r.role for r in numbers.study.results}, colours, columns=2 if columns == 1 else 5)
     return figure
 
 
-def training_figure(
-    histories: Mapping[str, Sequence[Mapping[str, Any]]],
-    roles: Mapping[str, str],
-    colours: Mapping[str, str],
-    *,
-    narrow: bool = False,
-) -> Figure | None:
-    """Return one small panel for each metric that was recorded, over the training step; None if there is none.
+def panel_title(numbers: Numbers, label: str, scope: str) -> str:
+    """Return the words over a panel: its set, where there are several, its scope and its size."""
+    problems = numbers.by_key[label, scope, numbers.study.base.name, 0].problems
+    place = "" if len(numbers.study.sets) == 1 else "All sets · " if label == "all" else f"{label} · "
+    if scope == "full":
+        return f"{place}Full · {problems} problems"
+    draw = "the SAME draw" if numbers.study.same_draw else "another draw"
+    return f"{place}Hard · {problems} problems\nthat the base failed in {draw}"
 
-    Args:
-        histories: Run to its metric dicts, each with the key "step".
-        roles: Run to role.
-        colours: Run to colour.
-        narrow: One column, for a phone.
-    """
+
+def training_figures(numbers: Numbers, roles: Mapping[str, str], colours: Mapping[str, str]) -> list[Figure]:
+    """Return all metrics that were recorded, over the training step, as one figure and then each alone; [] if none."""
+    histories = numbers.study.histories
     shown = [m for m in TRAINING_METRICS if any(len(series(h, m[0])[0]) for h in histories.values())]
-    if not shown:
-        return None
-    columns = 1 if narrow else min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    with _style():
-        figure = Figure(figsize=(5.0, 2.5 * rows + 0.4) if narrow else (10.4, 2.6 * rows + 0.4))
-        figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.06)
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axis, (key, words, unit) in zip(axes, shown, strict=False):
-            axis.set_title(f"{words} ({unit})" if unit else words, fontsize=9.5, pad=6)
-            for name, history in histories.items():
-                _curve(axis, *series(history, key), colours[name])
-            axis.margins(x=0.02)
-        for axis in axes[len(shown) :]:
-            axis.set_visible(False)
-        for axis in axes[max(0, len(shown) - columns) : len(shown)]:
-            axis.set_xlabel("training step")
-        _legend(figure, roles, colours, columns=2 if narrow else 5, markers=False)
-    return figure
+    figures = []
+    for metrics in [shown, *([m] for m in shown)] if shown else []:
+        columns = min(3, len(metrics))
+        rows = -(-len(metrics) // columns)
+        with _style():
+            figure = Figure(figsize=(3.5 * columns, 2.6 * rows + 0.4))
+            figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.06)
+            axes = figure.subplots(rows, columns, squeeze=False).ravel()
+            for axis, (key, words, unit) in zip(axes, metrics):
+                axis.set_title(f"{words} ({unit})" if unit else words, fontsize=9.5, pad=6)
+                for name, history in histories.items():
+                    _curve(axis, *series(history, key), colours[name])
+                axis.margins(x=0.02)
+            for axis in axes[len(metrics) :]:
+                axis.set_visible(False)
+            for axis in axes[max(0, len(metrics) - columns) : len(metrics)]:
+                axis.set_xlabel("training step")
+            _legend(figure, roles, colours, columns=2 if columns == 1 else 5, markers=False)
+        figures.append(figure)
+    return figures
 
 
 def image(figure: Figure, kind: str) -> bytes:
@@ -152,33 +137,29 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _passk_panel(
-    axis: Axes,
-    summary: Mapping[str, Any],
-    models: Sequence[Mapping[str, Any]],
-    scope: str,
-    colours: Mapping[str, str],
-) -> None:
-    """Draw one panel; a scope without problems says so instead."""
-    ks, exact_ks = np.array(summary["ks"]), np.array(summary["exact_ks"])
-    half, top, any_exact = ks[-1], 0.0, False
-    for model in models:
-        values, colour = model[scope], colours[model["name"]]
-        if values["mean"] is not None:
-            axis.fill_between(ks, values["low"], values["high"], color=colour, alpha=0.13, linewidth=0)
-            marker = ROLE_MARKERS.get(model["role"], "^")
-            axis.plot(ks, values["mean"], color=colour, linewidth=1.9, marker=marker, markersize=4.2, zorder=3)
-            top = max(top, *values["high"])
-        if values.get("guess") is not None:
-            axis.plot(ks, values["guess"], color=colour, linewidth=1.1, linestyle=":", zorder=2)
-        if values["exact"] is not None:
-            beyond = exact_ks >= half
-            exact = np.array(values["exact"])
-            axis.plot(exact_ks[beyond], exact[beyond], color=colour, linewidth=1.5, linestyle=(0, (4, 2.2)), zorder=2)
-            top, any_exact = max(top, exact.max()), True
-    if top == 0.0 and all(model[scope]["mean"] is None for model in models):
+def _passk_panel(axis: Axes, numbers: Numbers, label: str, scope: str, colours: Mapping[str, str]) -> None:
+    """Draw one panel; one without anything to draw says so instead."""
+    study, table = numbers.study, numbers.curves
+    place = table[(table.set == label) & (table.scope == scope)]
+    half, top, any_exact = study.ks[-1], 0.0, False
+    for result in study.results:
+        rows, colour = place[place.model == result.name], colours[result.name]
+        sampled, exact = rows[rows.pass_at_k.notna()], rows[rows.exact.notna()]
+        if len(sampled):
+            axis.fill_between(sampled.k, sampled.low, sampled.high, color=colour, alpha=0.13, linewidth=0)
+            marker = ROLE_MARKERS.get(result.role, "^")
+            axis.plot(
+                sampled.k, sampled.pass_at_k, color=colour, linewidth=1.9, marker=marker, markersize=4.2, zorder=3
+            )
+            axis.plot(sampled.k, sampled.guess_at_k, color=colour, linewidth=1.1, linestyle=":", zorder=2)
+            top = max(top, sampled.high.max())
+        if len(exact):
+            beyond = exact[exact.k >= half]
+            axis.plot(beyond.k, beyond.exact, color=colour, linewidth=1.5, linestyle=(0, (4, 2.2)), zorder=2)
+            top, any_exact = max(top, exact.exact.max()), True
+    if not place.pass_at_k.notna().any() and not any_exact:
         axis.text(0.5, 0.5, "no problem in this set", transform=axis.transAxes, ha="center", color=FAINT)
-    last = exact_ks[-1] if any_exact else half
+    last = study.exact_ks[-1] if any_exact else half
     axis.set_xscale("log", base=2)
     axis.set_xlim(0.88, last * 1.14)
     axis.set_ylim(0, min(1.02, max(0.1, 1.08 * top)))

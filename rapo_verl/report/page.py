@@ -1,6 +1,4 @@
-"""The report of one study: a page that needs no network, its figures as files, and its numbers as JSON."""
-
-from __future__ import annotations
+"""The report of one study: a page that needs no network, its figures as files, and its numbers as JSON, CSV, LaTeX."""
 
 import base64
 import json
@@ -10,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -17,166 +16,162 @@ from rich.table import Table
 from rich.text import Text
 
 from rapo_verl.report import figures as plots
-from rapo_verl.report import tables
-from rapo_verl.report.responses import Responses
-from rapo_verl.report.results import EvalResult
-from rapo_verl.report.summary import summarise
-from rapo_verl.report.training_curves import TRAINING_METRICS
+from rapo_verl.report.statistics import TRAINING_METRICS, Numbers, compute, rates
+from rapo_verl.report.study import Study, role_in
+from rapo_verl.report.verdict import verdict
 from rapo_verl.run.files import write_atomic
 
 LOGGER = logging.getLogger(__name__)
 # Problems in one line of the coverage matrix.
-BLOCK = 48
+BLOCK = 40
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    }
+)  # fmt: skip
 
 
-def write_report(
-    out_dir: str | os.PathLike[str],
-    *,
-    results: Sequence[EvalResult],
-    hard_choice: EvalResult | None,
-    histories: Mapping[str, Sequence[Mapping[str, Any]]],
-    settings: Mapping[str, str],
-    title: str,
-    responses: Mapping[str, Responses] | None = None,
-    samples: Sequence[Mapping[str, Any]] = (),
-    force_same_draw: bool = False,
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Write the report and return its summary.
+def write_report(out_dir: str | os.PathLike[str], study: Study) -> Numbers:
+    """Write the report into a folder, made if need be, and return its numbers.
 
-    Files: report.html, summary.json, passk.csv, problems.csv, table.tex, passk.png, passk.svg and, with curves to draw,
-    training.png.
-
-    Args:
-        out_dir: Folder, made if need be. Files of an older report in it are replaced.
-        results: One `EvalResult` a model, on the same problems with the same n.
-        hard_choice: An independent draw of the base, by the base's name, used only to choose Hard; None: no Hard.
-        histories: For each training run its metric dicts, one a step, with the key "step".
-        settings: Configuration, commit, versions, seeds, commands, in the order to show.
-        title: Heading of the page.
-        responses: What each model's responses look like (`rapo_verl.report.responses`), where that is known.
-        samples: Of each problem "question", "gold" and "models": name to samples (`rapo_verl.report.samples`).
-        force_same_draw: Let a scored draw choose Hard; figure and page then say so.
-        level: Content of bands and intervals.
-        draws: Bootstrap draws.
-        seed: Seed of the bootstrap.
-
-    Raises:
-        ValueError: The results may not be compared; nothing is written then.
+    Files, those of an older report replaced: report.html, summary.json, passk.csv, problems.csv, differences.csv,
+    table.tex, passk.png, passk.svg and, with curves to draw, training.png.
     """
-    summary = summarise(
-        results,
-        hard_choice,
-        histories=histories,
-        settings=settings,
-        title=title,
-        responses=responses,
-        force_same_draw=force_same_draw,
-        level=level,
-        draws=draws,
-        seed=seed,
-    )
-    model_roles = {m["name"]: m["role"] for m in summary["models"]}
-    run_roles = {name: model_roles.get(name, run["role"]) for name, run in summary["training"].items()}
+    numbers = compute(study)
+    model_roles = {result.name: result.role for result in study.results}
+    run_roles = {name: model_roles.get(name) or role_in(name) for name in study.histories}
     colours = plots.model_colours(model_roles | run_roles)
-    passk = [plots.passk_figure(summary, colours, narrow=narrow) for narrow in (False, True)]
-    training = [plots.training_figure(histories, run_roles, colours, narrow=narrow) for narrow in (False, True)]
+    panels = [(label, scope) for label in study.sets for scope in study.scopes]
+    passk = plots.passk_figure(numbers, colours, panels)
+    training = plots.training_figures(numbers, run_roles, colours)
+    summary = {"verdict": verdict(numbers), **numbers.as_json()}
 
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False))
-    write_atomic(out / "passk.csv", tables.curves_csv(summary))
-    write_atomic(out / "problems.csv", tables.problems_csv(summary))
-    write_atomic(out / "table.tex", tables.latex(summary))
+    write_atomic(out / "passk.csv", numbers.curves.to_csv(index=False))
+    write_atomic(out / "problems.csv", numbers.problems.astype({"hard": int}).to_csv(index=False))
+    write_atomic(out / "differences.csv", numbers.differences.to_csv(index=False))
+    write_atomic(out / "table.tex", latex(numbers))
     for kind in ("png", "svg"):
-        write_atomic(out / f"passk.{kind}", plots.image(passk[0], kind))
-    if training[0] is None:
-        (out / "training.png").unlink(missing_ok=True)
-    else:
+        write_atomic(out / f"passk.{kind}", plots.image(passk, kind))
+    if training:
         write_atomic(out / "training.png", plots.image(training[0], "png"))
-    write_atomic(out / "report.html", render_html(summary, colours, passk, training, samples))
+    else:
+        (out / "training.png").unlink(missing_ok=True)
+    # Panels one by one, so that a phone shows them below each other.
+    single = [plots.passk_figure(numbers, colours, [panel]) for panel in panels]
+    write_atomic(out / "report.html", render_html(numbers, colours, single, training[1:]))
     LOGGER.info("report written to %s", out / "report.html")
-    return summary
+    return numbers
 
 
 def render_html(
-    summary: Mapping[str, Any],
-    colours: Mapping[str, str],
-    passk: Sequence[Figure],
-    training: Sequence[Figure | None],
-    samples: Sequence[Mapping[str, Any]] = (),
+    numbers: Numbers, colours: Mapping[str, str], passk: Sequence[Figure], training: Sequence[Figure]
 ) -> str:
     """Return the page. Every text that came from outside is escaped by jinja2, figures are embedded as data.
 
     Args:
-        summary: What `summarise` returns.
+        numbers: of the study.
         colours: Name to colour, for models and training runs.
-        passk: The wide and the narrow pass@k figure.
-        training: The wide and the narrow training figure, or None for each.
-        samples: As for `write_report`; empty or one entry a problem.
+        passk: One figure a panel.
+        training: One figure a metric; empty without training.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"prob": _prob, "signed": _signed, "figures": _significant, "share": _share}
     template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
-    longest = max((run["steps"] for run in summary["training"].values()), default=0)
+    study = numbers.study
+    longest = max((run["steps"] for run in numbers.training.values()), default=0)
+    runs = numbers.training.values()
     return template.render(
-        s=summary,
+        s=study,
+        numbers=numbers,
+        at=numbers.by_key,
+        verdict=verdict(numbers),
+        names=[result.name for result in study.results],
+        top=study.ks[-1],
+        rates={result.name: rates(result) for result in study.results if result.responses},
+        has_exact=bool(numbers.curves.exact.notna().any()),
+        all_zero=not any(any(result.correct) for result in study.results),
         colours=colours,
-        passk=[_data_uri(f) for f in passk],
-        training=[_data_uri(f) for f in training if f is not None],
-        metrics=[
-            m for m in TRAINING_METRICS if any(r["final"][m[0]] is not None for r in summary["training"].values())
-        ],
+        passk=[_data_uri(figure) for figure in passk],
+        training=[_data_uri(figure) for figure in training],
+        metrics=[m for m in TRAINING_METRICS if any(run["final"][m[0]] is not None for run in runs)],
         smoothing=plots.running_mean_width(longest) if longest >= plots.SMOOTH_FROM else 0,
-        samples=samples,
-        blocks=_blocks(summary),
-        percent=f"{100 * summary['bootstrap']['level']:g} %",
+        problems=[rows for _, rows in _by_problem(numbers.problems)],
+        blocks=_blocks(study),
+        groups=[(label, list(rows.itertuples())) for label, rows in numbers.groups.groupby("group", sort=False)],
+        percent=f"{100 * study.level:g} %",
     )
 
 
-def print_table(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the headline table, Full and Hard, to a terminal.
-
-    Args:
-        summary: What `write_report` returns.
-        console: Where to; the standard output if None.
-    """
-    hard = len(summary["hard"]["ids"])
+def print_table(numbers: Numbers, console: Console | None = None) -> None:
+    """Print the verdict and the headline table, Full and Hard, to a terminal (default: the standard output)."""
+    study = numbers.study
+    console = console or Console()
     table = Table(
-        title=Text(summary["title"]),
+        title=Text(study.title),
         caption=Text(
-            f"{summary['problems']} problems ({hard} Hard), n = {summary['n']}; low-high: "
-            f"{100 * summary['bootstrap']['level']:g} % bootstrap; = enumerated value"
+            f"{len(study.base.ids)} problems ({study.hard.sum()} Hard), n = {study.n}; low-high: "
+            f"{100 * study.level:g} % interval; = enumerated value"
         ),
     )
     table.add_column("model")
     table.add_column("set")
-    for k in summary["headline_ks"]:
+    for k in study.headline_ks:
         table.add_column(f"pass@{k}", justify="right")
-    for scope in ("full", "hard"):
-        for model in summary["models"]:
-            cells = [_cell(summary, model[scope], k) for k in summary["headline_ks"]]
-            table.add_row(Text(model["name"]), scope.capitalize(), *(Text(c) for c in cells))
+    for scope in study.scopes:
+        for result in study.results:
+            cells = [Text(_cell(numbers.by_key.get(("all", scope, result.name, k)))) for k in study.headline_ks]
+            table.add_row(Text(result.name), scope.capitalize(), *cells)
         table.add_section()
-    (console or Console()).print(table)
+    console.print(Text(verdict(numbers)))
+    console.print(table)
 
 
-def _cell(summary: Mapping[str, Any], scope: Mapping[str, Any], k: int) -> str:
-    i = summary["ks"].index(k)
+def _cell(row: Any) -> str:
     lines = []
-    if scope["mean"] is not None:
-        lines += [_prob(scope["mean"][i]), f"{_prob(scope['low'][i])}-{_prob(scope['high'][i])}"]
-    if scope["exact"] is not None:
-        lines.append(f"= {_prob(scope['exact'][i])}")
+    if row is not None and row.pass_at_k == row.pass_at_k:
+        lines += [_prob(row.pass_at_k), f"{_prob(row.low)}-{_prob(row.high)}"]
+    if row is not None and row.exact == row.exact:
+        lines.append(f"= {_prob(row.exact)}")
     return "\n".join(lines) or "-"
 
 
-def _blocks(summary: Mapping[str, Any]) -> list[list[int]]:
+def latex(numbers: Numbers) -> str:
+    """Return the headline table for a paper (booktabs): estimate and band in per cent, a part a scope and set."""
+    study = numbers.study
+    ks = study.headline_ks
+    lines = [
+        f"% pass@k of n = {study.n} samples, per cent; {100 * study.level:g} % intervals",
+        r"\begin{tabular}{l" + "r" * len(ks) + "}",
+        r"\toprule",
+        " & ".join(["", *(f"pass@{k}" for k in ks)]) + r" \\",
+    ]
+    for label in [label for label in study.sets if label != "all"] or ["all"]:
+        for scope in study.scopes:
+            size = numbers.by_key[label, scope, study.base.name, 0].problems
+            if not size:
+                continue
+            words = f"{'' if label == 'all' else label} {scope.capitalize()}, {size} problems".strip()
+            lines += [r"\midrule", rf"\multicolumn{{{len(ks) + 1}}}{{l}}{{{words.translate(_LATEX)}}} \\"]
+            for result in study.results:
+                rows = [numbers.by_key[label, scope, result.name, k] for k in ks]
+                cells = [
+                    rf"{100 * r.pass_at_k:.1f} {{\scriptsize [{100 * r.low:.1f}, {100 * r.high:.1f}]}}" for r in rows
+                ]
+                lines.append(" & ".join([result.name.translate(_LATEX), *cells]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _by_problem(table: pd.DataFrame) -> list[tuple[str, list[Any]]]:
+    return [(str(name), list(rows.itertuples())) for name, rows in table.groupby("problem", sort=False)]
+
+
+def _blocks(study: Study) -> list[list[int]]:
     """Return the problems as the matrix shows them: those that the base solves most often first, BLOCK a line."""
-    base = [model["name"] for model in summary["models"]].index(summary["base"])
-    order = sorted(range(summary["problems"]), key=lambda i: -summary["matrix"][i]["cells"][base]["correct"])
+    order = sorted(range(len(study.base.ids)), key=lambda i: -study.base.correct[i])
     return [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)]
 
 

@@ -1,9 +1,11 @@
-"""From stored verdicts to counts: what every statistic of a report is made of, one problem in memory at a time."""
+"""What responses look like: counts of verdicts, majority, guess, lengths; and the few texts behind each count."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,19 @@ from rapo_verl.evaluation.score import score_path
 from rapo_verl.evaluation.spec import PlanError
 from rapo_verl.evaluation.store import ShardError, Store, read_stated, read_table
 from rapo_verl.method.passk import default_ks
-from rapo_verl.report.results import DRAW_SEED, EvalResult
 from rapo_verl.reward import Verdict
 from rapo_verl.reward.answer import normalize
 
 # Random subsets a problem over which majority@k is averaged.
 MAJORITY_DRAWS = 32
+# A number and its decimals; a fraction: sign, numerator, denominator.
+_NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))", re.ASCII)
+_FRACTION = re.compile(r"([+-]?)(?:\\frac\{(\d+)\}\{(\d+)\}|(\d+) ?/ ?(\d+))", re.ASCII)
+# Samples a cell: the first right ones and the first others.
+RIGHT, OTHER = 2, 2
+# Characters of all texts on a page; each text is cut so that they fit.
+PAGE_CHARACTERS = 6_000_000
+MIN_CHARACTERS, MAX_CHARACTERS = 300, 6000
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,21 @@ class Responses:
     guess: NDArray[np.float64]
 
 
-def load(store: Store, name: str, meta: dict[str, Any] | None = None) -> tuple[EvalResult, Responses]:
-    """Return the counts of a judged folder and what its responses look like.
+def answer_key(text: str) -> str:
+    r"""Return an answer such that equal numbers written differently are one: 27, 27.0, 1/2 and \frac{1}{2} = 0.5."""
+    normal = normalize(text).replace(" ", "")
+    found = _NUMBER.fullmatch(normal) or _FRACTION.fullmatch(normal)
+    # No number that anybody means is that long, and its power of ten would take time.
+    if found is None or len(normal) > 64:
+        return normal
+    sign, *parts = (part for part in found.groups() if part is not None)
+    if not parts:
+        return str(Fraction(sign))
+    return str(Fraction(f"{sign}1") * Fraction(int(parts[0]), int(parts[1]))) if int(parts[1]) else normal
 
-    Args:
-        store: every problem judged by one verifier.
-        name: of the model in the report.
-        meta: added to the result's.
+
+def read_responses(store: Store) -> Responses:
+    """Return what the responses of a judged folder look like, one problem in memory at a time.
 
     Raises:
         PlanError: a problem is not judged, or by another verifier than the first.
@@ -62,7 +79,7 @@ def load(store: Store, name: str, meta: dict[str, Any] | None = None) -> tuple[E
     # Right answers as they are compared, and the problems that have each.
     places: dict[str, list[int]] = {}
     for i, problem in enumerate(store.problems):
-        places.setdefault(normalize(problem["gold"]), []).append(i)
+        places.setdefault(answer_key(problem["gold"]), []).append(i)
     verdicts = {verdict.value: np.zeros(count, dtype=np.int64) for verdict in Verdict}
     truncated, repeated = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
     majority = np.zeros((count, len(default_ks(n))))
@@ -83,23 +100,9 @@ def load(store: Store, name: str, meta: dict[str, Any] | None = None) -> tuple[E
         for answer, times in Counter(votes).items():
             given[i, places.get(answer or "", [])] = times
         majority[i] = majority_at(_classes(votes, right), default_ks(n), seed=i)
-    result = EvalResult(
-        name=name,
-        n=n,
-        ids=tuple(problem["id"] for problem in store.problems),
-        groups=tuple(problem["group"] for problem in store.problems),
-        sources=tuple(problem["source"] for problem in store.problems),
-        correct=tuple(verdicts[Verdict.correct.value].tolist()),
-        meta={
-            DRAW_SEED: store.manifest["draw"],
-            "model_sha256": store.manifest["model_sha256"],
-            "manifest_sha256": store.manifest["sha256"],
-            **(meta or {}),
-        },
-    )
     others = np.maximum(count - 1, 1)
     guess = (given.sum(axis=0) - given.diagonal()) / (others * n)
-    return result, Responses(verdicts, truncated, repeated, *_lengths(lengths), majority, guess)
+    return Responses(verdicts, truncated, repeated, *_lengths(lengths), majority, guess)
 
 
 def _tables(store: Store) -> Iterator[tuple[pa.Table, int]]:
@@ -121,8 +124,8 @@ def _tables(store: Store) -> Iterator[tuple[pa.Table, int]]:
 
 
 def _votes(answers: Sequence[str | None]) -> list[str | None]:
-    """Return answers as the verifier compares them; equal ones are normalised once."""
-    normal = {answer: None if answer is None else normalize(answer) for answer in set(answers)}
+    """Return each answer's key; equal texts are read once."""
+    normal = {answer: None if answer is None else answer_key(answer) for answer in set(answers)}
     return [normal[answer] for answer in answers]
 
 
@@ -138,7 +141,8 @@ def majority_at(
 ) -> NDArray[np.float64]:
     """Return the probability that the most frequent answer of k samples is right, (K,).
 
-    Mean over random k-subsets of the n samples. A tie counts as its share; samples without an answer do not vote.
+    Mean over random k-subsets of the n samples, exact for k = 1. A tie counts as its share;
+    samples without an answer do not vote.
 
     Args:
         classes: of each sample, (n,): -1 no answer, 0 right, above 0 a wrong one.
@@ -154,7 +158,9 @@ def majority_at(
             votes = np.bincount(order[:k] + 1)[1:]
             if len(votes) and votes[0] > 0 and votes[0] == votes.max():
                 found[j] += 1 / (votes == votes[0]).sum()
-    return found / draws
+    found /= draws
+    found[np.array(ks) == 1] = (classes == 0).mean()
+    return found
 
 
 def _lengths(lengths: dict[bool, Counter[int]]) -> tuple[float, float, float, float, float]:
@@ -168,3 +174,32 @@ def _lengths(lengths: dict[bool, Counter[int]]) -> tuple[float, float, float, fl
     share = np.cumsum([both[int(v)] for v in values]) / both.total()
     median, high = (float(values[np.searchsorted(share, q)]) for q in (0.5, 0.95))
     return means[0], means[1], means[2], median, high
+
+
+def samples_behind(store: Store, *, cells: int) -> list[list[dict[str, Any]]]:
+    """Return for each problem a few samples: number, verdict, answer, tokens, finish reason and text.
+
+    Args:
+        store: judged by `rapo eval score`.
+        cells: of the whole page, which decides where long texts are cut: their head and their end are kept.
+    """
+    limit = min(max(PAGE_CHARACTERS // (cells * (RIGHT + OTHER)), MIN_CHARACTERS), MAX_CHARACTERS)
+    return [_of_problem(store, problem, limit) for problem in range(len(store.problems))]
+
+
+def _of_problem(store: Store, problem: int, limit: int) -> list[dict[str, Any]]:
+    verdicts = read_table(score_path(store, problem), ["verdict"])["verdict"].to_numpy(zero_copy_only=False)
+    right = verdicts == Verdict.correct.value
+    chosen = [*np.flatnonzero(right)[:RIGHT].tolist(), *np.flatnonzero(~right)[:OTHER].tolist()]
+    size, paths = store.manifest["shard"], store.shards_of(problem)
+    texts = {shard: store.read(paths[shard], ["text"])["text"] for shard in sorted({i // size for i in chosen})}
+    rows = read_table(score_path(store, problem)).take(chosen).to_pylist()
+    return [row | {"text": _cut(texts[i // size][i % size].as_py(), limit)} for i, row in zip(chosen, rows)]
+
+
+def _cut(text: str, limit: int) -> str:
+    """Return a text with its middle left out where it is longer than the limit."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n[… {len(text) - 2 * half} characters left out …]\n{text[-half:]}"

@@ -1,7 +1,7 @@
 r"""What an answer is worth: the last ``\boxed{}`` against the right one, in processes that may die. No veRL in here.
 
-`answer` reads text, `worker` compares in a process that may be killed, `pool` keeps such processes, `verify` ties them,
-`function` is the reward that veRL calls.
+`answer` finds and cleans text, `reading` takes it apart, `formula` and `equality` compare, `worker` does so in a
+process that may be killed, `pool` keeps such processes, `verify` ties them, `function` is the reward that veRL calls.
 """
 
 from rapo_verl.reward.answer import MAX_BOX, last_boxed, parse_integer, verify_integer

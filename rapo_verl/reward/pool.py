@@ -32,6 +32,7 @@ class TaskDiedError(Exception):
 class _Worker:
     connection: Connection
     pid: int
+    nursery: "_Nursery"
     tasks: int = 0
 
 
@@ -70,10 +71,10 @@ class _Nursery:
         ours, theirs = socket.socketpair()
         with theirs:
             pid = int(self._ask(b"fork", [theirs.fileno()]))
-        return _Worker(Connection(ours.detach()), pid)
+        return _Worker(Connection(ours.detach()), pid, self)
 
     def kill(self, pid: int) -> None:
-        """Kill a worker and reap it; the nursery is its parent, so the pid cannot mean another process."""
+        """Kill a worker and reap it; to be asked of the nursery that forked it."""
         self._ask(b"kill %d" % pid, [])
 
     def close(self) -> None:
@@ -168,14 +169,12 @@ class WorkerPool:
 
     def _discard(self, worker: _Worker) -> None:
         worker.connection.close()
-        nursery = self._nursery
-        if nursery is None:
-            return
         try:
-            nursery.kill(worker.pid)
+            # Its own nursery, never a later one: to that the pid means nothing, or another process.
+            worker.nursery.kill(worker.pid)
         except OSError:
-            # A dead nursery takes its workers with it.
-            self._drop(nursery)
+            # A dead nursery takes its workers with it, and is not the pool's any more or is not to stay so.
+            self._drop(worker.nursery)
 
     def _drop(self, nursery: _Nursery) -> None:
         with self._lock:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import lru_cache
 
-from rapo_verl.reward.answer import conflict, last_boxed, normalize, parse_integer, quick_verdict
+from rapo_verl.reward.answer import MAX_BOX, last_boxed, normalize, parse_integer, quick_verdict
 from rapo_verl.reward.pool import TaskDiedError, TaskTimeoutError, WorkerPool
 from rapo_verl.reward.verdict import Verdict, VerifierSettings
 
@@ -92,17 +92,17 @@ class Verifier:
             "integer", "expression", "string" (right only in the same words), "nothing" or "unreadable" (reading it ran
             into the limits).
         """
+        kinds = {gold: "integer" if len(gold) <= MAX_BOX else "unreadable" for gold in ground_truths}
         waiting: dict[str, Future] = {}
-        for gold in dict.fromkeys(map(normalize, ground_truths)):
-            if parse_integer(gold) is None:
+        for gold in kinds:
+            if kinds[gold] == "integer" and parse_integer(normalize(gold)) is None:
                 waiting[gold] = self.pool.submit("kind_of", gold)
-        kinds = {}
         for gold, future in waiting.items():
             try:
                 kinds[gold] = future.result()
             except (TaskTimeoutError, TaskDiedError):
                 kinds[gold] = "unreadable"
-        return [kinds.get(normalize(gold), "integer") for gold in ground_truths]
+        return [kinds[gold] for gold in ground_truths]
 
     def close(self) -> None:
         """End the worker processes; waiting checks are cancelled."""
@@ -113,20 +113,18 @@ class Verifier:
         if self.settings.strictness == "integer":
             want = parse_integer(gold)
             if want is None:
-                raise ValueError(f"ground truth {gold!r} is not an integer")
+                raise ValueError(f"ground truth {gold[:80]!r} is not an integer")
             if box is None:
                 return Verdict.no_box
             return Verdict.correct if parse_integer(box) == want else Verdict.wrong
+        if len(gold) > MAX_BOX:
+            raise ValueError(f"ground truth {gold[:80]!r}... has {len(gold)} characters; allowed: {MAX_BOX}")
         wanted = normalize(gold)
         if not wanted:
             raise ValueError(f"ground truth {gold!r} is empty")
         if box is None:
             return Verdict.no_box
-        got = normalize(box)
-        verdict = quick_verdict(wanted, got)
-        if verdict is None and self.settings.strictness == "symmetric" and conflict(wanted, got):
-            return Verdict.wrong
-        return verdict
+        return quick_verdict(wanted, normalize(box))
 
     def _compare(self, key: Key) -> Future:
         """Return the future of a verdict: a known one, one under way, or a new one."""
@@ -142,8 +140,7 @@ class Verifier:
             if key in self._running:
                 return self._running[key]
             self._running[key] = future
-        gold, box = (text if self.settings.strictness == "math_verify" else normalize(text) for text in key)
-        task = self.pool.submit("compare", gold, box, self.settings.strictness)
+        task = self.pool.submit("compare", *key, self.settings.strictness)
         task.add_done_callback(lambda done: self._finish(key, done, future))
         return future
 

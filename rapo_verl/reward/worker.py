@@ -15,11 +15,23 @@ import signal
 import socket
 import sys
 from multiprocessing.connection import Connection
-from typing import Any
 
-from rapo_verl.reward.answer import comparable, same_words
+from sympy import PolynomialError
+
+from rapo_verl.reward.answer import normalize
+from rapo_verl.reward.equality import equal, kind_of
 
 _PR_SET_PDEATHSIG = 1
+# What sympy raises on two things that it cannot bring together; PolynomialError is no ValueError.
+_INCOMPARABLE = (
+    ArithmeticError,
+    AttributeError,
+    NotImplementedError,
+    PolynomialError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 # Parsed before the first fork: they fill the parser's tables, which every worker then shares.
 _WARM_UP = (
     r"\frac{\sqrt{2}}{2}",
@@ -36,61 +48,19 @@ _WARM_UP = (
 )
 
 
-def _parse(answer: str, *, units: bool) -> list[Any]:
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
-
-    # Boxed, since math-verify finds nothing in a bare "\frac34" or "(4,-2,3)"; only the box is looked for. The rest is
-    # math-verify's default.
-    normalization = NormalizationConfig(
-        basic_latex=True, units=units, malformed_operators=True, nits=True, boxed="all", equations=False
-    )
-    config = LatexExtractionConfig(
-        boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=normalization
-    )
-    return parse(f"\\boxed{{{answer}}}", [config], parsing_timeout=None)
-
-
-def _formula(answer: str) -> Any | None:
-    """Return the formula that an answer is, None if math-verify only gets text out of it.
-
-    Units are left to `answer.comparable`: math-verify's list of them holds letters, and makes 3 of "3t" and "a +" of
-    "a + b + c".
-    """
-    return next((item for item in _parse(answer, units=False) if not isinstance(item, str)), None)
-
-
 def compare(gold: str, box: str, strictness: str) -> bool:
-    """Return whether two answers are equal as math-verify sees it, in both directions unless it is to be itself.
+    """Return whether two answers are equal, or whether math-verify says so if it is to be itself."""
+    if strictness != "math_verify":
+        try:
+            return equal(normalize(gold), normalize(box))
+        except _INCOMPARABLE:
+            return False
+    from math_verify import LatexExtractionConfig, parse, verify
 
-    math-verify takes from an equation in the prediction its right side (gold 1: "9=1" and "2x+z=1" pass), but not from
-    one in the gold, and compares sets with inequalities one way only.
-    """
-    from math_verify import verify
-    from sympy import Expr
-
-    if strictness == "math_verify":
-        return bool(verify(_parse(gold, units=True), _parse(box, units=True), timeout_seconds=None))
-    options: dict = {"allow_set_relation_comp": True, "timeout_seconds": None}
-    for pair in comparable(gold, box):
-        a, b = (_formula(text) for text in pair)
-        if a is None or b is None:
-            if same_words(*pair):
-                return True
-            continue
-        # Between two expressions it asks whether their difference is zero, whose sign says nothing.
-        symmetric = isinstance(a, Expr) and isinstance(b, Expr)
-        if verify(a, b, **options) and (symmetric or verify(b, a, **options)):
-            return True
-    return False
-
-
-def kind_of(gold: str) -> str:
-    """Return "expression", "string" or "nothing": what math-verify makes of an answer."""
-    text = comparable(gold, gold)[0][0]
-    if _formula(text) is not None:
-        return "expression"
-    return "string" if _parse(text, units=False) else "nothing"
+    # Boxed, since math-verify finds nothing in a bare "\\frac34" or "(4,-2,3)".
+    config = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+    found = [parse(f"\\boxed{{{text}}}", [config], parsing_timeout=None) for text in (gold, box)]
+    return bool(verify(*found, timeout_seconds=None))
 
 
 def _serve(connection: Connection) -> None:
@@ -100,7 +70,7 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            answer = compare(*arguments) if task == "compare" else kind_of(*arguments)
+            answer = compare(*arguments) if task == "compare" else kind_of(normalize(*arguments))
         except MemoryError:
             # Whatever was half done when memory ran out goes with the process.
             connection.send_bytes(b'"out of memory"')
@@ -120,6 +90,8 @@ def _become_worker(fd: int, memory_mb: int) -> None:
 
 def _nurse(control: socket.socket, parent: int, memory_mb: int) -> None:
     """Fork a worker per "fork" message, kill and reap one per "kill PID" message, until the parent is gone."""
+    # A child that died stays a zombie, and its pid its own, until it is reaped here.
+    workers: set[int] = set()
     while True:
         if not select.select([control], [], [], 1.0)[0]:
             # The socket stays open where a fork of the parent has a copy of it.
@@ -135,12 +107,15 @@ def _nurse(control: socket.socket, parent: int, memory_mb: int) -> None:
                 control.close()
                 _become_worker(descriptors[0], memory_mb)
                 os._exit(0)
+            workers.add(pid)
             os.close(descriptors[0])
             control.send(str(pid).encode())
         else:
             pid = int(message.split()[1])
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            if pid in workers:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                workers.discard(pid)
             control.send(b"dead")
 
 
@@ -151,8 +126,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable()
     for answer in _WARM_UP:
-        compare(answer, answer + " ", "symmetric")
         compare(answer, "x+0.7", "symmetric")
+        compare(answer, "x>0.7", "symmetric")
     control = socket.socket(fileno=fd)
     control.send(b"ready")
     _nurse(control, parent, memory_mb)

@@ -1,7 +1,6 @@
 """From a command line to the resolved config of a run: veRL's config, ours on top, one experiment, overrides."""
 
 import importlib.util
-from dataclasses import fields
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -72,6 +71,6 @@ def compose_config(overrides: list[str]) -> DictConfig:
 def _schema() -> DictConfig:
     """Return `RapoConfig` as a typed node that experiments may still change: OmegaConf freezes frozen dataclasses."""
     schema = OmegaConf.structured(RapoConfig)
-    for node in (schema, *(schema[f.name] for f in fields(RapoConfig))):
+    for node in (schema, *filter(OmegaConf.is_config, schema.values())):
         OmegaConf.set_readonly(node, False)
     return schema

@@ -130,4 +130,5 @@ def print_findings(findings: list[Finding]) -> None:
     for finding in sorted(findings, key=lambda finding: not finding.ok):
         mark, mend = ("ok", "") if finding.ok else ("[red]WRONG[/red]", finding.mend)
         table.add_row(mark, finding.what, finding.found, mend)
-    Console().print(table)
+    # In a job's log nothing tells a width, and 80 columns would fold the table.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -21,6 +21,27 @@ def logit_changes(model: Mapping[str, Any]) -> list[str]:
     return [name for name in LOGIT_CHANGES if model.get(name) not in (None, 0, 1)]
 
 
+def fast_head(nodes: DictConfig, rapo: RapoConfig) -> bool:
+    """Whether our head makes the log-probs of every pass of a run (``actor_rollout_ref``, ``rapo.head``)."""
+    return rapo.head == "fast" or (rapo.head == "auto" and rapo.enabled and not _only_verl_s(nodes))
+
+
+def _only_verl_s(nodes: DictConfig) -> list[str]:
+    """Return the settings that our head cannot follow.
+
+    It has no need of ``entropy_from_logits_with_chunking``, ``entropy_checkpointing`` and ``use_torch_compile``, which
+    make veRL's entropy smaller or faster: beside it they do nothing.
+    """
+    found = {
+        "model.use_fused_kernels=true, which makes no logits": nodes.model.get("use_fused_kernels"),
+        "actor.calculate_sum_pi_squared=true": nodes.actor.get("calculate_sum_pi_squared"),
+    }
+    for role in ("actor", "ref"):
+        strategy = nodes[role].strategy
+        found[f"{role}.strategy={strategy}"] = strategy not in ("fsdp", "fsdp2", "megatron")
+    return [f"actor_rollout_ref.{setting}" for setting, is_set in found.items() if is_set]
+
+
 def problems_of_head(config: DictConfig, rapo: RapoConfig) -> list[str]:
     """Return what the engines' heads cannot do of a resolved run config, one message each."""
     from rapo_verl.plan.model import config_of
@@ -30,6 +51,9 @@ def problems_of_head(config: DictConfig, rapo: RapoConfig) -> list[str]:
     except ValueError:
         shape = {}  # no model: `rapo_verl.run.preflight` says so
     found = _check_fused(config, shape)
+    if rapo.head == "fast":
+        found += [f"rapo.head=fast cannot follow {setting}; unset it, or set rapo.head=verl"
+                  for setting in _only_verl_s(config.actor_rollout_ref)]  # fmt: skip
     if rapo.exports_tokens:
         found += _check_tokens(config, rapo, shape)
     elif rapo.per_sample_temperature and config.actor_rollout_ref.model.get("use_fused_kernels"):

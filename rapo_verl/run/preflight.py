@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from rapo_verl.method.config import RapoConfig, rapo_config_from
 from rapo_verl.reward.function import reward_settings
-from rapo_verl.run.head_config import problems_of_head, uses_lora
+from rapo_verl.run.head_config import fast_head, problems_of_head, uses_lora
 from rapo_verl.run.modes import problems_of_mode
 
 # Columns that veRL's data set and reward loop read.
@@ -39,7 +39,7 @@ def problems_of(config: DictConfig) -> list[str]:
     if rapo is not None:
         found += _check_method(config, rapo) + problems_of_head(config, rapo)
     model = _check_model(config)
-    found += problems_of_mode(config) + _check_cpu(config) + _check_megatron(config) + model + _check_data(config)
+    found += problems_of_mode(config) + _check_cpu(config) + _check_megatron(config, rapo) + model + _check_data(config)
     found += _check_reward(config) + _check_run_dir(config) + _check_survival(config) + _check_secrets(config)
     if not model:
         found += _check_layout(config)
@@ -94,15 +94,17 @@ def _check_cpu(config: DictConfig) -> list[str]:
     ]
 
 
-def _check_megatron(config: DictConfig) -> list[str]:
+def _check_megatron(config: DictConfig, rapo: RapoConfig | None) -> list[str]:
     actor = config.actor_rollout_ref.actor
+    if rapo is not None and fast_head(config.actor_rollout_ref, rapo):
+        return []  # has no need of it
     if actor.strategy != "megatron" or not actor.entropy_from_logits_with_chunking or actor.entropy_coeff == 0:
         return []
     # verl 0.9.1 utils/megatron/tensor_parallel.py:136 changes each chunk's logits in place in its backward pass, and
     # the chunks are views of one tensor: autograd raises at the second one (tests/test_recipes.py).
     return [
         "actor_rollout_ref.actor.entropy_from_logits_with_chunking=true cannot be differentiated on Megatron, and "
-        f"entropy_coeff is {actor.entropy_coeff}; set it to false"
+        f"entropy_coeff is {actor.entropy_coeff}; set it to false, or rapo.head=fast"
     ]
 
 

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rapo_verl import Refused
-from rapo_verl.data.layouts import DataError, read_records
-from rapo_verl.data.prepare import render
+from rapo_verl.data.chat import render
+from rapo_verl.data.sources import DataError, read_records
 from rapo_verl.method.reweighting import nucleus
 from rapo_verl.report.figures import STYLE, image
 from rapo_verl.run.files import write_atomic

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from rapo_verl.report.assemble import load_study, study_samples, study_settings
+from rapo_verl.report.load import load_study
 from rapo_verl.report.page import print_table, write_report
+from rapo_verl.report.statistics import Numbers
 from rapo_verl.run.compose import compose_config
 from rapo_verl.run.launch import read_metrics, run
 from rapo_verl.run.names import CONFIG_FILE, ENVIRONMENT_FILE
@@ -96,33 +96,27 @@ def evaluating(
         raise StageError(f"the evaluation of {names} ended with exit code {child.returncode}; see {log}")
 
 
-def write_demo_report(out: Path, labels: dict[str, str], settings: dict[str, str]) -> dict[str, Any]:
-    """Write the report of a finished demo and return its summary.
+def write_demo_report(out: Path, labels: dict[str, str], settings: dict[str, str]) -> Numbers:
+    """Write the report of a finished demo and return its numbers.
 
     Args:
         out: folder of the demo.
         labels: key of each model to its name.
         settings: what the report says first of how it was made.
     """
-    folders = {key: out / "eval" / key for key in labels}
-    hard_from = out / "eval" / HARD_FOLDER
-    results, hard_choice, responses = load_study(
-        list(folders.values()),
-        hard_from,
-        names={folders[key]: label for key, label in labels.items()},
-        metas={folder: {"role": key} for key, folder in folders.items()},
-    )
-    exact = [tuple(json.loads((folder / EXACT_FILE).read_text())) for folder in folders.values()]
-    return write_report(
-        out,
-        results=[replace(result, exact=p) for result, p in zip(results, exact)],
-        hard_choice=hard_choice,
-        histories={label: read_metrics(out / key) for key, label in labels.items() if key != BASE},
-        settings={**settings, **study_settings(list(folders.values()), list(labels.values()), hard_from)},
+    folders = [out / "eval" / key for key in labels]
+    study = load_study(
+        folders,
+        out / "eval" / HARD_FOLDER,
+        names=list(labels.values()),
+        roles=list(labels),
+        settings=settings,
         title="RAPO and GRPO on the toy world",
-        responses=responses,
-        samples=study_samples(list(folders.values()), list(labels.values())),
+        histories={label: read_metrics(out / key) for key, label in labels.items() if key != BASE},
     )
+    exact = [tuple(json.loads((folder / EXACT_FILE).read_text())) for folder in folders]
+    results = tuple(replace(result, exact=p) for result, p in zip(study.results, exact))
+    return write_report(out, replace(study, results=results))
 
 
 def settings_of(run_dir: Path) -> dict[str, str]:
@@ -179,6 +173,5 @@ def demo(out: Path, *, seed: int = 0, n: int = 512, limit: int = 96, overrides: 
         settings = {
             f"{labels[key]}: {what}": text for key in ("grpo", "rapo") for what, text in settings_of(out / key).items()
         }
-        summary = write_demo_report(out, labels, {"command": "rapo demo", "toy seed": str(seed), **settings})
-        print_table(summary)
+        print_table(write_demo_report(out, labels, {"command": "rapo demo", "toy seed": str(seed), **settings}))
     console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import torch
 
 from rapo_verl import Refused
-from rapo_verl.data.layouts import DataError
 from rapo_verl.data.prepare import prepare
+from rapo_verl.data.sources import DataError
 from rapo_verl.run.files import write_atomic
 from rapo_verl.toy.base_model import pretrain
 from rapo_verl.toy.world import Problem, Split, World, write_jsonl
@@ -67,7 +67,7 @@ def write_problems(world: World, out: Path, *, train: tuple[int, int], evaluatio
     for split, (count, seed) in splits.items():
         source = out / "source" / f"{split}.jsonl"
         write_jsonl(world.problems(split, count, seed), source)
-        against = [out / "source" / "train.jsonl"] if split == "eval" else None
+        against = [out / "source" / "train.jsonl"] if split == "eval" else []
         path = prepare(str(source), out, name=split, prompt="bare", against=against)
         rows = pq.ParquetFile(path).metadata.num_rows
         if split == "eval" and rows != count:

@@ -7,9 +7,10 @@ What the head returns of a micro-batch, for its response tokens alone, is told b
 * the reference's `FIELDS`, of the actor's pass: beside ``log_probs`` and ``entropy`` the ``forward_kl``. veRL's own
   head is not run beside it: it divides and overwrites the logits that a KL would have saved.
 
-Any other micro-batch goes through veRL's code untouched. An engine that was told to `use_linear_head` makes no logits
-at all: what veRL's fused kernels do at one temperature for all samples, `rapo_verl.method.linear_head` does at one for
-each.
+Any other micro-batch goes through veRL's code untouched, unless ``rapo.head`` puts ours into every pass: policy and
+old policy then come from one function, and their first ratio is 1 to the last bit. An engine that was told to
+`use_linear_head` makes no logits at all: what veRL's fused kernels do at one temperature for all samples,
+`rapo_verl.method.linear_head` does at one for each.
 """
 
 import functools
@@ -30,11 +31,6 @@ from rapo_verl.run.head_config import logit_changes
 
 # The reweighted reference of each response token, jagged (batch, response[, k]): a `Target`.
 FIELDS = ("rapo_ids", "rapo_log_prob", "rapo_log_tail")
-
-
-def asks_for_head(micro_batch: TensorDict) -> bool:
-    """Whether a micro-batch asks for what veRL's head does not have."""
-    return "rapo_top_k" in micro_batch or FIELDS[0] in micro_batch
 
 
 def response_positions(sequences: Any, responses: Any) -> torch.Tensor:
@@ -91,10 +87,12 @@ def run_head(
         nodes = phi_nodes(tu.get_non_tensor_data(micro_batch, "rapo_phi_min", default=None))
         tokens = reference_tokens(logits, labels, k=k or _whole_vocabulary(logits, group), nodes=nodes, **options)
         return {"log_probs": tokens.label_log_prob, **dict(zip(FIELDS, tokens[1:]))}
-    target = Target(*(micro_batch[name].values()[token] for name in FIELDS))
+    target = Target(*(micro_batch[name].values()[token] for name in FIELDS)) if FIELDS[0] in micro_batch else None
     # Nothing reads a model's logits after us; an operation that had saved them would stop with an error of autograd's.
     out = head(logits, labels, target=target, gradient_in_place=True, **options)
-    found = {"log_probs": out.log_prob, "forward_kl": out.forward_kl}
+    found = {"log_probs": out.log_prob}
+    if target is not None:
+        found["forward_kl"] = out.forward_kl
     if tu.get_non_tensor_data(micro_batch, "calculate_entropy", default=False):
         found["entropy"] = out.entropy
     return found
@@ -140,7 +138,14 @@ def check_linear(config: Any, bias: Any) -> None:
 class HeadSwitch:
     """What `worker` may tell an engine of ours once its model is built; stands before veRL's engine."""
 
+    own_head = False  # whether each pass takes RAPO's, also where veRL's would do
     _linear = False
+
+    def takes_own_head(self, micro_batch: TensorDict) -> bool:
+        """Whether a micro-batch's logits go to RAPO's head."""
+        if "rapo_top_k" in micro_batch or FIELDS[0] in micro_batch:
+            return True
+        return self.own_head and not self._linear
 
     def use_linear_head(self) -> None:
         """Let every pass of this engine, which has none with a gradient, go from hidden states to log-probs."""
@@ -165,7 +170,7 @@ class RapoFSDPEngine(HeadSwitch, FSDPEngineWithLMHead):
         """Return veRL's inputs of the model, and what it needs afterwards."""
         if not self._linear:
             return super().prepare_model_inputs(micro_batch)
-        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1162 allows its fused kernels one temperature.
+        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1162: allows its fused kernels one temperature.
         plain = micro_batch.copy()
         tu.assign_non_tensor(plain, use_fused_kernels=False)
         inputs, output_args = super().prepare_model_inputs(plain)
@@ -173,7 +178,8 @@ class RapoFSDPEngine(HeadSwitch, FSDPEngineWithLMHead):
         return inputs, output_args
 
     def _forward(self, model: Any, **inputs: Any) -> Any:
-        """Return what veRL's fused forward does (verl 0.9.1 models/transformers/dense_common.py:82)."""
+        """Return what veRL's fused forward does, from our head."""
+        # verl 0.9.1 models/transformers/dense_common.py:82: its form of output, which the engine reads.
         from verl.models.transformers.dense_common import CausalLMOutputForPPO
 
         log_probs, entropy = model.get_output_embeddings()(model.base_model(**inputs)[0])
@@ -203,8 +209,8 @@ class RapoFSDPEngine(HeadSwitch, FSDPEngineWithLMHead):
         self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict:
         """Return the model's outputs of a micro-batch, jagged (batch, prompt + response[, ...])."""
-        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1330: its head has no place for a KL of ours.
-        if not asks_for_head(micro_batch):
+        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:1332: its head has no place for a KL of ours.
+        if not self.takes_own_head(micro_batch):
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         logits = output.logits
         if isinstance(logits, DTensor):
@@ -214,6 +220,7 @@ class RapoFSDPEngine(HeadSwitch, FSDPEngineWithLMHead):
         flat = logits.squeeze(0) if real is None else logits.flatten(0, 1)
         found = run_head(flat, labels, temperature, index, micro_batch)
         if real is None:
+            # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:680: undoes its own padding and sequence parallelism.
             found = {k: self._gather_and_unpad_packed(value, output_args["pad_size"]) for k, value in found.items()}
         else:
             found = {name: value[real] for name, value in found.items()}
@@ -225,7 +232,7 @@ class CpuFSDPEngine(RapoFSDPEngine):
     """FSDP2 on gloo; the reference is not "offloaded to the CPU", where it already is."""
 
     def _build_fsdp_module(self, module: Any) -> Any:
-        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:459 gives every forward-only model
+        # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:459: gives every forward-only model
         # CPUOffloadPolicy(pin_memory=True); pinned memory needs an accelerator.
         forward_only, self.engine_config.forward_only = self.engine_config.forward_only, False
         try:

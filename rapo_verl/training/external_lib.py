@@ -5,7 +5,7 @@ from verl.workers.rollout import base as rollouts
 
 from rapo_verl.training.engine import CpuFSDPEngine, RapoFSDPEngine
 
-# With a vendor, which veRL looks up first: under "cuda" alone its own engines are registered already.
+# verl 0.9.1 workers/engine/base.py:413: a vendor is looked up first; under "cuda" alone its own engines stand already.
 EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cuda", vendor="nvidia")(RapoFSDPEngine)
 EngineRegistry.register("language_model", "fsdp2", device="cpu")(CpuFSDPEngine)
 if MegatronEngineWithLMHead is not None:  # None: megatron-core is not installed
@@ -13,5 +13,5 @@ if MegatronEngineWithLMHead is not None:  # None: megatron-core is not installed
 
     EngineRegistry.register("language_model", "megatron", device="cuda", vendor="nvidia")(RapoMegatronEngine)
 
-# By name: veRL imports it (and vLLM) only in processes with a rollout.
+# verl 0.9.1 workers/rollout/base.py:107: by name, so that vLLM is imported only in processes with a rollout.
 rollouts._ROLLOUT_REGISTRY["vllm", "async"] = "rapo_verl.training.weights.RunServerAdapter"

@@ -35,6 +35,7 @@ def actors_watched(end: Callable[[set[str]], None] = _end) -> Iterator[None]:
         end: called once with the names of the dead, at the second look that misses them, so that an exception that
             says more comes first. By default it ends this process, and with it the run.
     """
+    # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:104: sends a prompt to an actor and forgets it.
     stop = threading.Event()
 
     def watch() -> None:

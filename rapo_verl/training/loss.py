@@ -44,6 +44,7 @@ def rapo_policy_loss(
     Raises:
         ValueError: a non-finite log-probability of the reference at an unmasked token.
     """
+    # verl 0.9.1 workers/utils/losses.py:57: its clipped surrogate and entropy bonus, called as they are.
     loss, metrics = ppo_loss(config, model_output, data, dp_group)
     batch = data.select("response_mask", "old_log_probs", "ref_log_prob").to_padded_tensor()
     mask = batch["response_mask"].bool()

@@ -14,7 +14,7 @@ from verl.utils.megatron_utils import unwrap_model
 from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
 
 from rapo_verl.method.linear_head import linear_head
-from rapo_verl.training.engine import HeadSwitch, asks_for_head, check_layout, check_linear, response_index, run_head
+from rapo_verl.training.engine import HeadSwitch, check_layout, check_linear, response_index, run_head
 
 
 class RapoMegatronEngine(HeadSwitch, MegatronEngineWithLMHead):
@@ -58,7 +58,8 @@ class RapoMegatronEngine(HeadSwitch, MegatronEngineWithLMHead):
     ) -> dict:
         # verl 0.9.1 workers/engine/megatron/transformer_impl.py:1191: divides the logits in place, and its
         # cross-entropy overwrites them (megatron.core tensor_parallel/cross_entropy.py).
-        if not asks_for_head(batch) and not self._linear:
+        takes_own = self.takes_own_head(batch)
+        if not takes_own and not self._linear:
             options |= {"batch": batch, "data_format": data_format}
             return super()._lm_head_logits_processor(logits, label, temperature, **options)
         index, shape = self._index_laid_out(batch, data_format), label.shape[:2]
@@ -67,7 +68,7 @@ class RapoMegatronEngine(HeadSwitch, MegatronEngineWithLMHead):
         labels, temperature, index = label.flatten(), temperature.flatten(), index.flatten()
         group = parallel_state.get_tensor_model_parallel_group()
         group = group if torch.distributed.get_world_size(group) > 1 else None
-        if self._linear and not asks_for_head(batch):
+        if not takes_own:
             check_layout(labels, index, batch)
             # Megatron has made the last stage's output fp32, from the weight's dtype.
             hidden, rows = logits.flatten(0, 1).to(self._head_weight.dtype), index > 0
@@ -92,6 +93,7 @@ class RapoMegatronEngine(HeadSwitch, MegatronEngineWithLMHead):
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
         """Return veRL's output, remembering the losses of the micro-batches of an update."""
+        # verl 0.9.1 workers/engine/megatron/transformer_impl.py:834: has the losses, which optimizer_step has not.
         output = super().forward_backward_batch(data, loss_function, forward_only)
         if not forward_only:
             self._losses = output.get("loss")  # on the last pipeline stage, whose error then names them
@@ -103,9 +105,8 @@ class RapoMegatronEngine(HeadSwitch, MegatronEngineWithLMHead):
         Raises:
             FloatingPointError: a gradient is NaN or infinite; nothing was changed.
         """
-        # verl 0.9.1 workers/engine/megatron/transformer_impl.py:693 steps whatever the norm is (its FSDP engine skips,
-        # workers/engine/fsdp/transformer_impl.py:823), and Megatron looks for infinities only where it scales an fp16
-        # loss.
+        # verl 0.9.1 workers/engine/megatron/transformer_impl.py:693: steps whatever the norm is (its FSDP
+        # engine skips), and Megatron looks for infinities only where it scales an fp16 loss.
         self._updates += 1
         norms = torch.stack(
             [

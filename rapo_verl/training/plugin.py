@@ -22,7 +22,7 @@ def on_cpu() -> bool:
 
 def _prepare_cpu_process() -> None:
     VllmCpuFinder.install()
-    # verl 0.9.1 utils/distributed.py:87 composes the backend as "cpu:gloo,<device>:<backend>", here
+    # verl 0.9.1 utils/distributed.py:87: composes the backend as "cpu:gloo,<device>:<backend>", here
     # "cpu:gloo,cpu:gloo", which torch refuses. The function takes a backend; its callers do not pass one.
     import verl.utils.distributed as distributed
 
@@ -37,7 +37,8 @@ def register_trainers() -> None:
 
     from rapo_verl.training.trainer import TRAINERS
 
-    # veRL's own save, stop and refuse NaN as ours do then; `register_trainer` would refuse their names.
+    # verl 0.9.1 trainer/ppo/v1/trainer_base.py:2005: refuses names that are taken, as veRL's own are.
+    # veRL's own save, stop and refuse NaN as ours do then.
     TRAINER_REGISTRY.update(TRAINERS)
 
 

@@ -39,7 +39,7 @@ class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
             # An interrupted request goes on with its own seed (workers/rollout/llm_server.py:285), whose random numbers
             # have drawn its first tokens already: the rest would depend on them beyond what the policy says.
             return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
-        # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:125 passes one sampling_params to the whole group.
+        # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:125: passes one sampling_params to the whole group.
         seed = sampling_seed(
             "validation" if trajectory["validate"] else "train",
             int(self.config.actor_rollout_ref.rollout.seed),
@@ -50,7 +50,7 @@ class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         return await super()._run_agent_loop({**sampling_params, "seed": seed}, trajectory, **kwargs)
 
     async def _compute_score(self, outputs: list, kwargs: dict) -> None:
-        # verl 0.9.1 experimental/agent_loop/agent_loop.py:967; agent_loop_tq.py:133 logs what it raises and goes on.
+        # verl 0.9.1 experimental/agent_loop/agent_loop.py:967: agent_loop_tq.py:133 logs what it raises and goes on.
         # The reward function gets the response as text (naive.py:50); what only tokens tell goes the way of
         # extra_fields, which naive.py:46 merges into its extra_info.
         final, limit = outputs[-1], int(self.config.actor_rollout_ref.rollout.response_length)
@@ -85,7 +85,7 @@ class SeededAgentLoopManager(AgentLoopManagerTQ):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:223 sets the worker class in __init__.
+        # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:232: sets the worker class in __init__.
         self.agent_loop_workers_class = ray.remote(SeededAgentLoopWorker)
 
 
@@ -102,8 +102,8 @@ class StrictReplayBuffer(ReplayBuffer):
         super().__init__(*args, sampler_kwargs=sampler_kwargs, poll_interval=poll_interval, **kwargs)
 
     def _sync_metadata_from_transfer_queue(self) -> None:
-        # verl 0.9.1 replay_buffer.py:112: "failed groups remain sampleable and missing trajectories are padded
-        # downstream", so a reward function that raises would only shrink the batch.
+        # verl 0.9.1 trainer/ppo/v1/replay_buffer.py:112: "failed groups remain sampleable and missing
+        # trajectories are padded downstream", so a reward function that raises would only shrink the batch.
         super()._sync_metadata_from_transfer_queue()
         failed = {uid for uids in self.failure_keys.values() for uid in uids}
         if failed:
@@ -120,6 +120,7 @@ class StrictReplayBuffer(ReplayBuffer):
         Raises:
             VerifierFailingError: more of them than `max_failed_share` are no verdict on mathematics.
         """
+        # verl 0.9.1 trainer/ppo/v1/replay_buffer.py:422: gives the samples in the order of their random uids.
         batch, metrics = super().sample(global_steps, partition_id, batch_size)
         data = tq.kv_batch_get(keys=batch.keys, partition_id=partition_id, select_fields=["index", "extra_fields"])
         records = [fields.get("reward_extra_info") or {} for fields in data["extra_fields"]]

@@ -41,7 +41,7 @@ class SurvivalMixin(GuardMixin, PPOTrainer):
             super().fit(agent_loop_manager)
 
     def _load_checkpoint(self) -> None:
-        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:850 trains from scratch where its tracker names a missing folder.
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:850: trains from scratch where its tracker names a missing folder.
         super()._load_checkpoint()
         self._saved_step = self._resumed_step = self.global_steps
         expected = int(os.environ.get(RESUME_VARIABLE) or self.global_steps)

@@ -48,20 +48,21 @@ def validation_pass_at_k(
 class RapoTrainerMixin(SurvivalMixin, PPOTrainer):
     """What every trainer of ours does in any of veRL's v1 trainers; RAPO itself where the mode's name asks for it.
 
-    ``trainer.v1.trainer_mode=rapo_<mode>`` puts RAPO's worker in veRL's place; ``<mode>`` alone trains as veRL does.
+    ``trainer.v1.trainer_mode=rapo_<mode>`` puts RAPO's worker in veRL's place, as ``rapo.head=fast`` does; ``<mode>``
+    alone trains as veRL does.
     """
 
     def __init__(self, config: DictConfig):
         mode = config.trainer.v1.trainer_mode
-        self._rapo = mode.startswith(RAPO_PREFIX)
-        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:153, 731, 902, 912, 1004, 1499 compare this name to decide on
+        self._rapo = mode.startswith(RAPO_PREFIX) or config.rapo.head == "fast"
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:153, 731, 902, 912, 1004, 1499: compare this name to decide on
         # buffers and checkpoints; ours ends with the lookup of the class.
         with open_dict(config):
             config.trainer.v1.trainer_mode = mode.removeprefix(RAPO_PREFIX)
         super().__init__(config)
 
     def _init_resource_pool_mgr(self) -> None:
-        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:788-809 names its worker class here, with no setting for it;
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:788-809: names its worker class here, with no setting for it;
         # trainer/ppo/v1/trainer_separate_async.py:138 then another, of which RAPO's is a subclass too.
         super()._init_resource_pool_mgr()
         for role in _MODEL_ROLES:
@@ -69,7 +70,7 @@ class RapoTrainerMixin(SurvivalMixin, PPOTrainer):
                 self.role_worker_mapping[role] = ray.remote(RapoWorker)
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
-        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1852 puts "actor/" before every metric of the loss.
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1852: puts "actor/" before every metric of the loss.
         batch = super()._update_actor(batch, metrics)
         for key in [key for key in metrics if key.startswith("actor/rapo/")]:
             metrics[key.removeprefix("actor/")] = metrics.pop(key)
@@ -78,14 +79,14 @@ class RapoTrainerMixin(SurvivalMixin, PPOTrainer):
     def _val_metrics_update(
         self, data_sources: list, sample_uids: list, reward_extra_infos_dict: dict, *args: Any, **kwargs: Any
     ) -> dict[str, float]:
-        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1342 logs best@k by resampling with replacement, which is biased.
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1342: logs best@k by resampling with replacement, which is biased.
         metrics = super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
         n = self.config.actor_rollout_ref.rollout.val_kwargs.n
         correct = reward_extra_infos_dict.get("acc") or reward_extra_infos_dict["reward"]
         return metrics | validation_pass_at_k(data_sources, sample_uids, correct, n)
 
     def _dump_generations(self, **kwargs: Any) -> None:
-        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1331 dumps of training samples only their uid (_validate dumps
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1262: dumps of training samples only their uid (_validate dumps
         # what the reward function returned); the batch is still in the queue.
         fields: dict = kwargs["reward_extra_infos_dict"]
         if kwargs["dump_path"] == self.config.trainer.get("rollout_data_dir") and set(fields) == {"uid"}:

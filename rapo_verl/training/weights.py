@@ -44,6 +44,7 @@ class RunServerAdapter(ServerAdapter):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # verl 0.9.1 workers/rollout/vllm_rollout/vllm_rollout.py:141: the trainer's end, named by Ray's job id.
         self.zmq_handle = socket_of_run(self.zmq_handle)
 
 
@@ -51,6 +52,7 @@ class RunWorkerExtension(vLLMColocateWorkerExtension):
     """vLLM's end, set by ``rollout.engine_kwargs.vllm.worker_extension_cls``."""
 
     def _get_zmq_handle(self) -> str:
+        # verl 0.9.1 workers/rollout/vllm_rollout/utils.py:416: vLLM's end, named by the same.
         return socket_of_run(super()._get_zmq_handle())
 
 
@@ -65,7 +67,7 @@ class CpuWorkerExtension(RunWorkerExtension):
         Raises:
             RuntimeError: a LoRA adapter is sent, which the reload API does not take.
         """
-        # verl 0.9.1 workers/rollout/vllm_rollout/utils.py:180 writes into the live parameters instead, which the CPU
+        # verl 0.9.1 workers/rollout/vllm_rollout/utils.py:248: writes into the live parameters instead, which the CPU
         # backend has repacked at load time.
         if peft_config is not None:
             raise RuntimeError("LoRA weight sync is not supported by the cpu platform; set model.lora_rank=0")

@@ -22,6 +22,7 @@ from verl.workers.utils.padding import response_from_nested
 from rapo_verl.method.config import PER_TOKEN_ESTIMATORS, RapoConfig, rapo_config_from
 from rapo_verl.method.reference_tokens import ReferenceTokens, phi_nodes
 from rapo_verl.method.reweighting import reference_temperature, response_phi, reweight_log_prob, reweight_tokens
+from rapo_verl.run.head_config import fast_head
 from rapo_verl.training.engine import FIELDS, HeadSwitch, response_positions
 from rapo_verl.training.loss import PHI, rapo_policy_loss
 
@@ -41,16 +42,18 @@ class RapoWorker(DetachActorWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Build veRL's models, then put RAPO's loss in place of veRL's."""
+        # verl 0.9.1 workers/engine_workers.py:539: builds the engines, with no setting for the loss.
         super().init_model()
         fused = self.config.model.get("use_fused_kernels") and self.rapo.per_sample_temperature
-        if self.rapo.exports_tokens or fused:
-            for worker in filter(None, (self.actor, self.ref)):
-                if not isinstance(worker.engine, HeadSwitch):
-                    raise TypeError(
-                        f"veRL's engine here is {type(worker.engine).__name__}, which has not RAPO's head; rapo."
-                        "forward_kl.estimator=topk, full, rapo.reference.reading=nucleus and fused kernels beside "
-                        "reading=token run on fsdp, fsdp2 and megatron of NVIDIA devices, and on the CPU"
-                    )
+        for worker in filter(None, (self.actor, self.ref)):
+            if isinstance(worker.engine, HeadSwitch):
+                worker.engine.own_head = fast_head(self.config, self.rapo)
+            elif self.rapo.exports_tokens or fused or self.rapo.head == "fast":
+                raise TypeError(
+                    f"veRL's engine here is {type(worker.engine).__name__}, which has not RAPO's head; rapo.head=fast, "
+                    "rapo.forward_kl.estimator=topk, full, rapo.reference.reading=nucleus and fused kernels beside "
+                    "reading=token run on fsdp, fsdp2 and megatron of NVIDIA devices, and on the CPU"
+                )
         if fused and self.ref is not None:
             self.ref.engine.use_linear_head()
         if self.rapo.enabled and self._is_actor:
@@ -72,6 +75,7 @@ class RapoWorker(DetachActorWorker):
         Returns:
             veRL's output, or None on ranks without outputs.
         """
+        # verl 0.9.1 workers/engine_workers.py:696: the same pass, at one temperature for all.
         return self._reweighted(super().compute_ref_log_prob, data)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))

@@ -1,0 +1,265 @@
+"""The numbers of a report as tidy tables: one row a set, scope, model and k. Pure functions of a study."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from rapo_verl.method import passk
+from rapo_verl.report.responses import Responses
+from rapo_verl.report.study import EvalResult, Study
+
+# verl's and our metric names, in the order in which a report shows them: key, words, unit.
+TRAINING_METRICS = (
+    ("critic/rewards/mean", "Reward, batch mean", ""),
+    ("actor/entropy", "Entropy of the policy", "nats / token"),
+    ("rapo/forward_kl", "Forward KL(ref ‖ policy)", "nats / token"),
+    ("rapo/phi_mean", "φ(reward), batch mean", ""),
+    ("actor/grad_norm", "Gradient norm", ""),
+    ("response_length/mean", "Response length, mean", "tokens"),
+    ("timing_s/step", "Time of a step", "s"),
+)
+
+
+# Columns of a curve.
+CURVES = ("pass_at_k", "low", "high", "exact", "majority_at_k", "guess_at_k")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Ids of the problems that only one of two models solved, and the exact two-sided sign test on their numbers."""
+
+    a: str
+    b: str
+    only_a: list[str]
+    only_b: list[str]
+    p: float
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Everything that a report says in numbers.
+
+    Attributes:
+        study: What they are of.
+        curves: set, scope, model, k, pass_at_k, low, high, exact, majority_at_k, guess_at_k; NaN where not known. Rows
+            beyond n/2 hold enumerated values alone.
+        sizes: set, scope, model, problems, solved; a scope may hold no problem.
+        differences: set, scope, a, b, k, difference, low, high, paired.
+        problems: set, problem, group, hard, model, correct, n, low, high (Clopper-Pearson).
+        groups: group, problems, hard, model, pass_at_1, pass_at_top, solved, solved_hard.
+        coverage: of each pair.
+    """
+
+    study: Study
+    curves: pd.DataFrame
+    sizes: pd.DataFrame
+    differences: pd.DataFrame
+    problems: pd.DataFrame
+    groups: pd.DataFrame
+    coverage: list[Coverage]
+
+    @cached_property
+    def by_key(self) -> dict[tuple[Any, ...], Any]:
+        """Rows of curves and sizes by (set, scope, model, k), sizes with k = 0, and of differences by (.., a, b, k)."""
+        found = {(r.set, r.scope, r.model, r.k): r for r in self.curves.itertuples()}
+        found |= {(r.set, r.scope, r.model, 0): r for r in self.sizes.itertuples()}
+        return found | {(r.set, r.scope, r.a, r.b, r.k): r for r in self.differences.itertuples()}
+
+    @cached_property
+    def training(self) -> dict[str, dict[str, Any]]:
+        """Of each run the number of steps, what was not finite, and each metric over the last tenth of its records."""
+        return {name: _training(history) for name, history in self.study.histories.items()}
+
+    @cached_property
+    def histogram(self) -> dict[str, list[int]]:
+        """How many problems each model solved never, in (0, 10] %, ..., (90, 100) %, and always."""
+        found = {}
+        for result in self.study.results:
+            rate = np.asarray(result.correct) / result.n
+            bins = np.ceil(rate[(rate > 0) & (rate < 1)] * 10).astype(int) - 1
+            inner = np.bincount(bins, minlength=10).tolist()
+            found[result.name] = [int((rate == 0).sum()), *inner, int((rate == 1).sum())]
+        return found
+
+    @cached_property
+    def hard_bound(self) -> float:
+        """The pass@k, k half of the choosing draw's n, that a problem unsolved in all of its samples may still have."""
+        n = self.study.hard_choice.n if self.study.hard_choice else 1
+        return 1 - (1 - self.study.level) ** (max(1, n // 2) / n)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of summary.json; what is not known is null."""
+        study, chosen = self.study, self.study.hard_choice
+        weights = study.hard_weights
+        tables = ("curves", "sizes", "differences", "problems", "groups")
+        return {
+            "title": study.title,
+            "n": study.n,
+            "ks": study.ks,
+            "headline_ks": study.headline_ks,
+            "bootstrap": {"level": study.level, "draws": study.draws, "seed": study.seed},
+            "base": study.base.name,
+            "hard": {
+                "n": chosen.n,
+                "draw": chosen.draw,
+                "ids": [i for i, hard in zip(chosen.ids, study.hard) if hard],
+                "same_draw": study.same_draw,
+                "expected_size": None if weights is None else float(weights.sum()),
+                "upper_bound": self.hard_bound,
+            }
+            if chosen
+            else None,
+            "sampled_differently": study.sampled_differently,
+            "models": [
+                {"name": r.name, "role": r.role, "draw": r.draw, **r.protocol, **r.meta, "responses": rates(r)}
+                for r in study.results
+            ],
+            **{name: [_plain(row) for row in getattr(self, name).to_dict("records")] for name in tables},
+            "coverage": [vars(one) for one in self.coverage],
+            "histogram": self.histogram,
+            "training": self.training,
+            "settings": dict(study.settings),
+        }
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+
+def compute(study: Study) -> Numbers:
+    """Return the numbers of a study."""
+    curves, sizes, differences = [], [], []
+    options: dict[str, Any] = {"level": study.level, "draws": study.draws, "seed": study.seed}
+    for label, members in study.sets.items():
+        for scope in study.scopes:
+            mask = members & (study.hard if scope == "hard" else True)
+            known = study.hard_weights if scope == "hard" else np.ones(len(mask))
+            weights = None if known is None else members * known
+            place = {"set": label, "scope": scope}
+            for result in study.results:
+                solved = int((np.asarray(result.correct)[mask] > 0).sum())
+                sizes.append({**place, "model": result.name, "problems": int(mask.sum()), "solved": solved})
+                curves.append(
+                    pd.DataFrame({**place, "model": result.name, **_curve(study, result, mask, weights, options)})
+                )
+            for a, b in study.pairs if mask.any() else ():
+                first, second = (np.asarray(r.correct)[mask] for r in (a, b))
+                band = passk.paired_difference(first, second, study.n, study.ks, **options)
+                values = {"k": study.ks, "difference": band.mean, "low": band.low, "high": band.high}
+                differences.append(pd.DataFrame({**place, "a": a.name, "b": b.name, **values}))
+    empty = pd.DataFrame(columns=["set", "scope", "a", "b", "k", "difference", "low", "high"])
+    return Numbers(
+        study,
+        pd.concat(curves, ignore_index=True),
+        pd.DataFrame(sizes),
+        pd.concat(differences, ignore_index=True) if differences else empty,
+        _problems(study),
+        _groups(study),
+        [_coverage(a, b) for a, b in study.pairs],
+    )
+
+
+def _curve(
+    study: Study, result: EvalResult, mask: np.ndarray, weights: np.ndarray | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the columns of one curve; exact ones weigh problems, for on Hard each is there by chance."""
+    known = result.exact is not None and weights is not None and weights.sum() > 0
+    ks = study.exact_ks if known else study.ks if mask.any() else []
+    columns = {name: np.full(len(ks), np.nan) for name in CURVES}
+    sampled = slice(0, len(study.ks))
+    if mask.any():
+        band = passk.mean_band(np.asarray(result.correct)[mask], study.n, study.ks, **options)
+        for name, values in (("pass_at_k", band.mean), ("low", band.low), ("high", band.high)):
+            columns[name][sampled] = values
+        if result.responses is not None:
+            columns["majority_at_k"][sampled] = result.responses.majority[mask].mean(axis=0)
+            guess = result.responses.guess[mask]
+            columns["guess_at_k"][sampled] = [passk.exact_pass_at_k(guess, k).mean() for k in study.ks]
+    if known:
+        share = weights / weights.sum()  # type: ignore[operator, union-attr]
+        columns["exact"][:] = [share @ passk.exact_pass_at_k(result.exact, k) for k in ks]  # type: ignore[arg-type]
+    return {"k": np.array(ks, dtype=int), **columns}
+
+
+def _coverage(a: EvalResult, b: EvalResult) -> Coverage:
+    first, second = (
+        [i for i, x, y in zip(a.ids, p.correct, q.correct) if x > 0 and y == 0] for p, q in ((a, b), (b, a))
+    )
+    return Coverage(a.name, b.name, first, second, sign_test(len(first), len(second)))
+
+
+def sign_test(only_a: int, only_b: int) -> float:
+    """Return the exact two-sided p-value of so many problems that only a, and only b, solved: 6 to 0 gives 0.031."""
+    return binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+
+
+def _problems(study: Study) -> pd.DataFrame:
+    """Return each problem with every model's right samples and interval, those of one problem adjacent."""
+    base = study.base
+    place = {
+        "set": base.sources or ("all",) * len(base.ids),
+        "problem": base.ids,
+        "group": base.groups,
+        "hard": study.hard,
+    }
+    frames = []
+    for r in study.results:
+        low, high = passk.clopper_pearson(r.correct, r.n, level=study.level)
+        values = {"model": r.name, "correct": r.correct, "n": r.n, "low": low, "high": high}
+        frames.append(pd.DataFrame({**place, **values}))
+    return pd.concat(frames).sort_index(kind="stable").reset_index(drop=True)
+
+
+def _groups(study: Study) -> pd.DataFrame:
+    rows = []
+    labels = np.asarray(study.base.groups)
+    for label in dict.fromkeys(study.base.groups):
+        mask = labels == label
+        for r in study.results:
+            counts = np.asarray(r.correct)[mask]
+            first, last = passk.pass_at_k_curve(counts, r.n, (1, study.ks[-1]))
+            row = {"group": label, "problems": int(mask.sum()), "hard": int((mask & study.hard).sum()), "model": r.name}
+            row |= {"pass_at_1": float(first), "pass_at_top": float(last), "solved": int((counts > 0).sum())}
+            rows.append(row | {"solved_hard": int((counts[study.hard[mask]] > 0).sum())})
+    return pd.DataFrame(rows)
+
+
+def rates(result: EvalResult) -> dict[str, Any] | None:
+    """Return shares over all samples, and lengths in tokens (None: there is no such sample); None if not known."""
+    found: Responses | None = result.responses
+    if found is None:
+        return None
+    samples = result.n * len(found.truncated)
+    lengths = {name: getattr(found, f"length_{name}") for name in ("mean", "median", "95", "right", "wrong")}
+    return {
+        **{name: int(counts.sum()) / samples for name, counts in found.verdicts.items()},
+        "truncated": int(found.truncated.sum()) / samples,
+        "repeated": int(found.repeated.sum()),
+        "tokens": {name: None if math.isnan(value) else value for name, value in lengths.items()},
+    }
+
+
+def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps (S,) and values (S,) of one metric where it was recorded and is finite."""
+    rows = [(h["step"], float(h[key])) for h in history if h.get(key) is not None and math.isfinite(h[key])]
+    return tuple(np.array(rows, dtype=np.float64).reshape(-1, 2).T)  # type: ignore[return-value]
+
+
+def _training(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    final: dict[str, float | None] = {}
+    for key, _, _ in TRAINING_METRICS:
+        values = series(history, key)[1]
+        final[key] = float(values[-max(1, len(values) // 10) :].mean()) if len(values) else None
+    known = [h[key] for h in history for key in final if h.get(key) is not None]
+    return {
+        "steps": len(history),
+        "last_step": max((h["step"] for h in history), default=None),
+        "not_finite": sum(not math.isfinite(value) for value in known),
+        "final": final,
+    }
