@@ -2,11 +2,12 @@
 # RAPO and both baselines from one seed and data, pass@k of each and of the base model, one report:
 #   slurm/compare.sh 3b|7b [--dry-run] [overrides of all three trainings]
 # --dry-run prints the sbatch lines. Every evaluation waits for its training, the report for every evaluation.
+# RAPO with reference answers is compared too where its answers have been made: docs/reference-answers.md.
 set -euo pipefail
 clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$clone"
 size=${1:-}
-[[ $size == 3b || $size == 7b ]] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
+[[ $size == 3b || $size == 7b ]] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
 shift
 dry=
 [[ ${1:-} != --dry-run ]] || { dry=1; shift; }
@@ -39,7 +40,11 @@ waits+=:$id
 # Another draw of the base chooses Hard: docs/evaluating.md.
 submit eval_base_draw2 -J "eval_base_draw2_$size" slurm/eval_passk.sh "$base" "$evals/base_draw2" --draw 2
 waits+=:$id
-for method in grpo grpo_reverse_kl rapo; do
+methods=(grpo grpo_reverse_kl rapo)
+[[ ! -r answers/qwen2.5_$size/answers.parquet ]] || methods+=(rapo_answers)
+folders=("$evals/base")
+for method in "${methods[@]}"; do
+    folders+=("$evals/$method")
     name=qwen${size}_$method
     submit "$name" "slurm/$name.sh" "$@"
     submit "eval_$name" -J "eval_$name" --kill-on-invalid-dep=yes "--dependency=afterok:$id" \
@@ -47,4 +52,4 @@ for method in grpo grpo_reverse_kl rapo; do
     waits+=:$id
 done
 submit report --kill-on-invalid-dep=yes "--dependency=afterok$waits" slurm/eval_report.sh "$evals/report" \
-    "$evals"/{base,grpo,grpo_reverse_kl,rapo} --hard-from "$evals/base_draw2"
+    "${folders[@]}" --hard-from "$evals/base_draw2"

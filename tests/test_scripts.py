@@ -28,7 +28,7 @@ def test_scripts_are_shellcheck_clean():
 
 def test_job_scripts_are_thin_and_name_no_hyperparameter():
     jobs = [script for script in SCRIPTS if script.name not in ("launch.sh", "compare.sh", "part.sh")]
-    assert len(jobs) == 8
+    assert len(jobs) == 10
     for script in jobs:
         lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
         assert len(lines) <= 15 and os.access(script, os.X_OK)
@@ -114,7 +114,7 @@ def test_training_scripts_name_recipes_and_their_nodes(size):
     # The methods of a size differ in the method only: tests/test_recipes.py, which also dry-runs them. launch.sh sets
     # the two numbers from the job, so that what was checked there is what runs here.
     trainer = compose_config([f"experiment=qwen2.5_{size}_rapo"]).trainer
-    for method in ("rapo", "grpo", "grpo_reverse_kl"):
+    for method in ("rapo", "rapo_answers", "grpo", "grpo_reverse_kl"):
         text = (CLONE / "slurm" / f"qwen{size}_{method}.sh").read_text()
         assert f" train experiment=qwen2.5_{size}_{method} " in text and f"qwen2.5_{size}_{method}" in experiments()
         assert f"--nodes={trainer.nnodes}\n" in text and f"--gpus-per-node={trainer.n_gpus_per_node}\n" in text

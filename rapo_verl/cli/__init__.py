@@ -8,7 +8,8 @@ from rapo_verl.cli.base import commands
 from rapo_verl.run.names import INTERRUPTED
 
 app = commands("RAPO (arXiv 2510.03865) on veRL: train, evaluate, look.")
-for panel, source in (("Train", train.app), ("Evaluate", verify.app), ("Look", look.app)):
+panels = (("Train", train.app), ("Train", evaluate.top), ("Evaluate", verify.app), ("Look", look.app))
+for panel, source in panels:
     for command in source.registered_commands:
         command.rich_help_panel = panel
         app.registered_commands.append(command)

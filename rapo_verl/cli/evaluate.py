@@ -13,6 +13,7 @@ from rapo_verl.cli.base import commands
 from rapo_verl.run.names import FAILED
 
 app = commands("pass@k of any model on any problem set: docs/evaluating.md.")
+top = commands("What stands beside `rapo train`.")
 
 # n and what else a protocol fixes; an option given beside it wins.
 PRESETS = {
@@ -51,6 +52,7 @@ def eval_generate(
     part: Annotated[str, typer.Option(help="i/count: the i-th part, for processes side by side; from 0")] = "0/1",
     limit: Annotated[int | None, typer.Option(min=1, help="only the first problems of each file")] = None,
     logprobs: Annotated[bool, typer.Option(help="keep each response's cumulative log-prob")] = True,
+    token_ids: Annotated[bool, typer.Option("--token-ids", help="keep each response's tokens, to train on")] = False,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs of one engine")] = 1,
     ray: Annotated[str | None, typer.Option(help="auto: an existing cluster; local: one on this machine")] = None,
     engines: Annotated[int, typer.Option(min=0, help="with --ray: at most so many; 0: all that fit")] = 0,
@@ -76,7 +78,7 @@ def eval_generate(
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise Refused(f"--part is {part!r}; allowed: i/count with 0 <= i < count")
     samples = int(chosen.pop("n"))
-    sampling = Sampling(**chosen, stop_token_ids=tuple(stop_id or ()), logprobs=logprobs)  # type: ignore[arg-type]
+    sampling = Sampling(**chosen, stop_token_ids=tuple(stop_id or ()), logprobs=logprobs, token_ids=token_ids)  # type: ignore[arg-type]
     subject = read_subject(model, [*data, *(more or [])], sampling, limit=limit)
     print(f"model: {subject.model}", flush=True)
     sampled = subject.draw(out, n=samples, draw=draw, shard=shard)
@@ -148,6 +150,27 @@ def eval_score(
     Example: rapo eval score evals/base evals/rapo
     """
     _score(folders, strictness, deadline, jobs)
+
+
+@top.command("reference-answers")
+def reference_answers(
+    folder: Annotated[Path, typer.Argument(help="made by `rapo eval generate --token-ids` with the base model")],
+    strictness: Strictness = "symmetric",
+    deadline: Annotated[float, typer.Option(help="seconds that one comparison may take")] = DEADLINE_S,
+    jobs: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
+) -> None:
+    """Judge a base model's answers to the training problems and put them into one file, for rapo.forward_kl.samples.
+
+    Example: rapo reference-answers answers/base
+    """
+    from rapo_verl.evaluation.collect import collect_answers
+    from rapo_verl.evaluation.store import Store
+    from rapo_verl.run.reference_answers import ReferenceAnswers
+
+    _score([folder], strictness, deadline, jobs)
+    store = Store.open(folder)
+    path = collect_answers(store)
+    print(f"{path}: {ReferenceAnswers.read(folder, limit=store.manifest['sampling']['max_tokens']).describe()}")
 
 
 @app.command("report")

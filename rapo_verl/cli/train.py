@@ -25,11 +25,15 @@ def train(
     """
     from rapo_verl.run.launch import run
     from rapo_verl.run.preflight import problems_of
+    from rapo_verl.run.reference_answers import answers_of_run
 
     config = composed(overrides or [])
     problems = problems_of(config)
     if problems:
         raise Refused(problems)
+    answers = answers_of_run(config)
+    if answers is not None:
+        print(answers.describe(), flush=True)
     if dry_run:
         from rapo_verl.run.dry_run import show_dry_run
 

@@ -12,9 +12,10 @@ import numpy as np
 from rapo_verl.data.chat import load_tokenizer, render
 from rapo_verl.evaluation.engines import EngineSpec, VllmEngine
 from rapo_verl.evaluation.score import score_path
-from rapo_verl.evaluation.spec import PlanError, model_sha256
+from rapo_verl.evaluation.spec import PlanError
 from rapo_verl.evaluation.store import Store, read_table
 from rapo_verl.reward import Verdict
+from rapo_verl.run.export import model_sha256
 from rapo_verl.run.files import write_atomic
 
 # Responses in flight.

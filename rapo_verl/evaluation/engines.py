@@ -125,6 +125,7 @@ class VllmEngine:
             [str(output.finish_reason) for output in outputs],
             [output.cumulative_logprob if asked.logprobs else None for output in outputs],
             [output.text for output in outputs],
+            [list(output.token_ids) for output in outputs] if asked.token_ids else None,
         )
 
     async def prompt_logprobs(self, tokens: Sequence[int]) -> list[float]:

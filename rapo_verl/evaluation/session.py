@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from rapo_verl.evaluation.generate import Draw, Fleet, generate
 from rapo_verl.evaluation.prompts import load_prompts
-from rapo_verl.evaluation.spec import SHARD, Plan, Problem, Sampling, model_sha256, read_problems
+from rapo_verl.evaluation.spec import SHARD, Plan, Problem, Sampling, read_problems
 from rapo_verl.evaluation.store import Store
-from rapo_verl.run.export import checkpoint_of, resolve_model
+from rapo_verl.run.export import checkpoint_of, model_sha256, resolve_model
 from rapo_verl.run.launch import git_commit
 from rapo_verl.run.progress import bar_interval
 

@@ -19,8 +19,6 @@ logger = logging.getLogger(__name__)
 FORMAT = "rapo_verl.evaluation/1"
 # Samples of one shard: enough that a file is worth its overhead, few enough that a kill costs little.
 SHARD = 128
-# Files of a checkpoint that decide what it says.
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 class PlanError(Refused):
@@ -50,6 +48,8 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     # Keep each response's cumulative log-prob: nats, of the model's own distribution (temperature 1, no top-p).
     logprobs: bool = True
+    # Keep each response's tokens: what `rapo reference-answers` needs.
+    token_ids: bool = False
 
     def problems(self) -> list[str]:
         """Return every problem of the settings as one line each (empty: none)."""
@@ -136,7 +136,7 @@ class Plan:
             "model_sha256": self.model,
             "data_sha256": self.data,
             "problems": len(self.problems),
-            "prompts_sha256": _sha([list(prompt) for prompt in self.prompts]),
+            "prompts_sha256": prompts_sha256(self.prompts),
             "n": self.n,
             "draw": self.draw,
             "shard": self.shard,
@@ -250,27 +250,9 @@ def _text(content: Any) -> str | None:
     return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None  # type: ignore[arg-type]
 
 
-def model_sha256(folder: Path) -> str:
-    """Return the sha256 over names and contents of a checkpoint's weights, config and tokenizer.
-
-    Raises:
-        PlanError: the folder has no config or no weights.
-    """
-    files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
-    if not (folder / "config.json").is_file() or not any(f.suffix in (".safetensors", ".bin") for f in files):
-        raise PlanError(f"{folder} is no Hugging Face checkpoint: it lacks config.json or weights")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}\n{_file_sha(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _file_sha(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def prompts_sha256(prompts: Sequence[Sequence[int]]) -> str:
+    """Return the sha256 of prompts as token ids."""
+    return _sha([list(prompt) for prompt in prompts])
 
 
 def _sha(value: Any) -> str:

@@ -29,6 +29,8 @@ SCHEMA = pa.schema(
         # Nats, of the model's own distribution; null where it was not asked for.
         ("cumulative_logprob", pa.float64()),
         ("text", pa.string()),
+        # Of the response, its end included; null where they were not asked for.
+        ("token_ids", pa.list_(pa.int32())),
     ]
 )
 _KEY = b"rapo"
@@ -41,6 +43,7 @@ class Samples(NamedTuple):
     finish_reason: list[str]
     cumulative_logprob: list[float | None]
     text: list[str]
+    token_ids: list[list[int]] | None = None
 
 
 class ShardError(Refused):
@@ -168,9 +171,10 @@ class Store:
         Raises:
             ShardError: the engine returned another number of samples than asked for.
         """
-        if any(len(column) != job.samples for column in samples):
-            raise ShardError(f"asked for {job.samples} samples, got {[len(column) for column in samples]}")
-        columns: list[Any] = [list(range(job.first, job.first + job.samples)), *samples]
+        given: list[Any] = [[None] * job.samples if column is None else column for column in samples]
+        if any(len(column) != job.samples for column in given):
+            raise ShardError(f"asked for {job.samples} samples, got {[len(column) for column in given]}")
+        columns: list[Any] = [list(range(job.first, job.first + job.samples)), *given]
         digest = hashlib.blake2b(json.dumps(samples.text).encode(), digest_size=16).hexdigest()
         stated = {
             "manifest": self.manifest["sha256"],

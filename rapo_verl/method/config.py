@@ -28,6 +28,15 @@ class ForwardKLConfig:
     # `bounded` only: rho = reference/policy beyond which the gradient stops growing. Its gradient lies in
     # ratio * [1 - rho_max, 1]; 6 keeps the trace-variance below 1 where the unbiased one has 150.
     rho_max: float = 6.0
+    # alpha_s: the forward KL from the reference's own answers to the training problems (reference_answers.py), beside
+    # the term above or without it. 0 switches it off. An extension of ours.
+    samples_coef: float = 0.0
+    # Folder of `rapo reference-answers`, drawn from the base that the run starts from.
+    samples: str = ""
+    # Answers of a prompt in one step, at most; which ones is drawn anew each step.
+    samples_per_prompt: int = 8
+    # Weight of an answer that is not right beside 1 for a right one: 0 keeps right ones only, 1 is the plain KL.
+    samples_weight_of_wrong: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,19 @@ class RapoConfig:
                 math.isfinite(kl.rho_max) and kl.rho_max > 1,
                 f"rapo.forward_kl.rho_max is {kl.rho_max}; allowed: a finite number > 1, since at rho = 1 the "
                 "gradient is zero and a bound below it would reverse it",
+            ),
+            (
+                math.isfinite(kl.samples_coef) and kl.samples_coef >= 0,
+                f"rapo.forward_kl.samples_coef is {kl.samples_coef}; allowed: a finite number >= 0",
+            ),
+            (
+                kl.samples_coef == 0 or bool(kl.samples),
+                "rapo.forward_kl.samples_coef > 0 needs rapo.forward_kl.samples, a folder of `rapo reference-answers`",
+            ),
+            (
+                kl.samples_per_prompt >= 1 and 0 <= kl.samples_weight_of_wrong <= 1,
+                f"rapo.forward_kl.samples_per_prompt, samples_weight_of_wrong are {kl.samples_per_prompt}, "
+                f"{kl.samples_weight_of_wrong}; allowed: a whole number >= 1, and [0, 1]",
             ),
             (
                 ref.reading in READINGS,

@@ -10,6 +10,9 @@ from pathlib import Path
 from rapo_verl.run.checkpoints import CheckpointError, read_checkpoints
 from rapo_verl.run.names import CHECKPOINTS_DIR
 
+# Files of a checkpoint that decide what it says.
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
+
 
 def checkpoint_of(model: str) -> str:
     """Return the newest complete checkpoint of a run's folder (`rapo train`); any other model as it is.
@@ -51,6 +54,30 @@ def resolve_model(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"model {model} is neither a folder here nor to be had from the hub ({error})") from error
+
+
+def model_sha256(folder: Path) -> str:
+    """Return the sha256 over names and contents of a checkpoint's weights, config and tokenizer.
+
+    Raises:
+        CheckpointError: the folder has no config or no weights.
+    """
+    files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+    if not (folder / "config.json").is_file() or not any(f.suffix in (".safetensors", ".bin") for f in files):
+        raise CheckpointError(f"{folder} is no Hugging Face checkpoint: it lacks config.json or weights")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}\n{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _actor(folder: Path) -> Path:

@@ -15,6 +15,7 @@ from rapo_verl.method.config import RapoConfig, rapo_config_from
 from rapo_verl.reward.function import reward_settings
 from rapo_verl.run.head_config import fast_head, problems_of_head, uses_lora
 from rapo_verl.run.modes import problems_of_mode
+from rapo_verl.run.reference_answers import problems_of_answers
 
 # Columns that veRL's data set and reward loop read.
 COLUMNS = ("prompt", "data_source", "reward_model")
@@ -38,6 +39,7 @@ def problems_of(config: DictConfig) -> list[str]:
         found += str(error).splitlines()
     if rapo is not None:
         found += _check_method(config, rapo) + problems_of_head(config, rapo)
+        found += problems_of_answers(config)
     model = _check_model(config)
     found += problems_of_mode(config) + _check_cpu(config) + _check_megatron(config, rapo) + model + _check_data(config)
     found += _check_reward(config) + _check_run_dir(config) + _check_survival(config) + _check_secrets(config)

@@ -16,6 +16,8 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from rapo_verl.method.passk import pass_at_k
 from rapo_verl.run.modes import MODES
+from rapo_verl.run.reference_answers import answers_of_run
+from rapo_verl.training.answers import AnswerRows
 from rapo_verl.training.survival import SurvivalMixin
 from rapo_verl.training.worker import RapoWorker
 
@@ -60,6 +62,8 @@ class RapoTrainerMixin(SurvivalMixin, PPOTrainer):
         with open_dict(config):
             config.trainer.v1.trainer_mode = mode.removeprefix(RAPO_PREFIX)
         super().__init__(config)
+        answers = answers_of_run(config)
+        self._answers = None if answers is None else AnswerRows(answers, config)
 
     def _init_resource_pool_mgr(self) -> None:
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:788-809: names its worker class here, with no setting for it;
@@ -70,8 +74,16 @@ class RapoTrainerMixin(SurvivalMixin, PPOTrainer):
                 self.role_worker_mapping[role] = ray.remote(RapoWorker)
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
+        updated = batch
+        if self._answers is not None:
+            ranks = self.actor_rollout_wg._dispatch_info["actor"]  # as veRL asks for it in _balance_batch
+            updated, found = self._answers.added(batch, self.global_steps, dp_size=max(ranks) + 1)
+            metrics.update(found)
+        super()._update_actor(updated, metrics)
+        added = list(set(updated.keys) - set(batch.keys))
+        if added:
+            tq.kv_clear(keys=added, partition_id=batch.partition_id)
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1852: puts "actor/" before every metric of the loss.
-        batch = super()._update_actor(batch, metrics)
         for key in [key for key in metrics if key.startswith("actor/rapo/")]:
             metrics[key.removeprefix("actor/")] = metrics.pop(key)
         return batch

@@ -23,6 +23,7 @@ from rapo_verl.method.config import PER_TOKEN_ESTIMATORS, RapoConfig, rapo_confi
 from rapo_verl.method.reference_tokens import ReferenceTokens, phi_nodes
 from rapo_verl.method.reweighting import reference_temperature, response_phi, reweight_log_prob, reweight_tokens
 from rapo_verl.run.head_config import fast_head
+from rapo_verl.training.answers import ROWS, with_reference_answers
 from rapo_verl.training.engine import FIELDS, HeadSwitch, response_positions
 from rapo_verl.training.loss import PHI, rapo_policy_loss
 
@@ -61,6 +62,19 @@ class RapoWorker(DetachActorWorker):
             actor = OmegaConf.merge(self.config.actor, {"use_kl_loss": False})
             self.loss_fn = partial(rapo_policy_loss, config=omega_conf_to_dataclass(actor), rapo=self.rapo)
             self.actor.set_loss_fn(self.loss_fn)
+        if self.rapo.forward_kl.samples_coef > 0 and self._is_actor:
+            coef = self.rapo.forward_kl.samples_coef
+            self.loss_fn = partial(with_reference_answers, policy_loss=self.loss_fn, coef=coef)
+            self.actor.set_loss_fn(self.loss_fn)
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def update_actor(self, data: TensorDict) -> TensorDict | None:
+        """Update as veRL does, in mini-batches that are larger by the reference answers in them."""
+        rows = tu.pop(data, key=ROWS, default=0)
+        if rows:
+            # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1855 sets it from the config; the normaliser beside it stays.
+            tu.assign_non_tensor(data, mini_batch_size=tu.get_non_tensor_data(data, "mini_batch_size", None) + rows)
+        return super().update_actor(data)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="ref"))
     def compute_ref_log_prob(self, data: TensorDict) -> TensorDict | None:
