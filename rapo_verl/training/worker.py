@@ -72,7 +72,7 @@ class RapoWorker(DetachActorWorker):
         """Update as veRL does, in mini-batches that are larger by the reference answers in them."""
         rows = tu.pop(data, key=ROWS, default=0)
         if rows:
-            # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1855 sets it from the config; the normaliser beside it stays.
+            # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1855: sets it from the config; the normaliser beside it stays.
             tu.assign_non_tensor(data, mini_batch_size=tu.get_non_tensor_data(data, "mini_batch_size", None) + rows)
         return super().update_actor(data)
 
