@@ -72,7 +72,8 @@ def _pairs(file: Path) -> list[tuple[str, str]]:
 def _why(verdict: Any, gold: str, box: str | None, settings: Any) -> str:
     """Return what decided, in a sentence."""
     from rapo_verl.reward.answer import normalize, parse_integer
-    from rapo_verl.reward.reading import describe, read
+    from rapo_verl.reward.equality import describe
+    from rapo_verl.reward.reading import read
 
     if box is None:
         return "no \\boxed{} in the response, or its last one never closes"

@@ -229,3 +229,20 @@ def _same_text(a: str, b: str) -> bool:
     if formula(a) is None or formula(b) is None:
         return words_of(a) == words_of(b) != ""
     return same_formula(a, b)
+
+
+def describe(answer: Answer) -> str:
+    """Return what an answer is read as, in a few words."""
+    if isinstance(answer, Many):
+        return f"{answer.kind} of {len(answer.items)}: {', '.join(map(describe, answer.items))}"
+    if isinstance(answer, Equation):
+        sides = " = ".join(side.text if isinstance(side, Value) else describe(side) for side in answer.sides)
+        return f"value named {answer.name} ({sides})" if answer.name else f"equation {sides}"
+    if isinstance(answer, Condition):
+        return f"inequality {answer.text}"
+    said = [answer.text]
+    if answer.unit is not None:
+        said.append(f"unit {'^'.join(answer.unit)}")
+    if answer.percent:
+        said.append("percent")
+    return ", ".join(said + ([f"base {answer.base}"] if answer.base else []))

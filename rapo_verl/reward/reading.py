@@ -287,20 +287,3 @@ def _split(text: str, separator: re.Pattern) -> tuple[list[str], list[str]]:
 def words_of(text: str) -> str:
     """Return an answer that is no formula without case, spaces and fonts."""
     return re.sub(r"\s+", "", re.sub(r"\\text ?\{([^{}]*)\}", r"\1", normalize(text))).strip("()").lower()
-
-
-def describe(answer: Answer) -> str:
-    """Return what an answer is read as, in a few words."""
-    if isinstance(answer, Many):
-        return f"{answer.kind} of {len(answer.items)}: {', '.join(map(describe, answer.items))}"
-    if isinstance(answer, Equation):
-        sides = " = ".join(side.text if isinstance(side, Value) else describe(side) for side in answer.sides)
-        return f"value named {answer.name} ({sides})" if answer.name else f"equation {sides}"
-    if isinstance(answer, Condition):
-        return f"inequality {answer.text}"
-    said = [answer.text]
-    if answer.unit is not None:
-        said.append(f"unit {'^'.join(answer.unit)}")
-    if answer.percent:
-        said.append("percent")
-    return ", ".join(said + ([f"base {answer.base}"] if answer.base else []))

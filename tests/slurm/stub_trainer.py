@@ -27,7 +27,8 @@ def save(root, done):
 
 
 def main():
-    run_dir = Path(next(arg for arg in sys.argv if arg.startswith("run_dir=")).removeprefix("run_dir="))
+    # Quoted for Hydra, as launch.sh names it.
+    run_dir = Path(next(arg for arg in sys.argv if arg.startswith("run_dir=")).removeprefix("run_dir=").strip("'"))
     root, fault = run_dir / "checkpoints", os.environ.get("FAULT", "")
     if fault == "refuse":
         print("rapo: 1 problem(s); nothing was started: the stub was told to refuse")

@@ -1,5 +1,6 @@
 """The launcher on a real Slurm, with a stub trainer and a stub Ray: every way in which a job can end."""
 
+import re
 import subprocess
 import sys
 import time
@@ -26,8 +27,8 @@ def test_clean_run_completes_and_leaves_nothing(cluster):
     job = cluster.submit("clean", "data.train_batch_size=512", options=TWO)
     output = job.ended("COMPLETED", 0)
     assert job.steps() == ALL_STEPS and "16 GPUs on 2 node(s) have joined" in output
-    assert output.index("plan: train experiment=") < output.index("Ray runs at")
-    assert "rapo train experiment=qwen2.5_7b_rapo data.train_batch_size=512 run_dir=" in output
+    assert output.index("plan: train trainer.nnodes=2 ") < output.index("Ray runs at")
+    assert " experiment=qwen2.5_7b_rapo data.train_batch_size=512 run_dir=" in output
     latest = job.run_dir / "slurm" / "latest"
     assert latest.resolve().name == f"{job.id}.0" and not (latest / "token").exists()
     assert list(latest.glob("driver.0.*.log")) and list(latest.glob("ray.1.*.log"))
@@ -236,7 +237,7 @@ def test_readable_secrets_are_refused(cluster):
 
 def test_dry_run_checks_every_node_and_trains_nothing(cluster):
     job = cluster.submit("dry", options=TWO, DRY_RUN=1)
-    assert "plan: train experiment=qwen2.5_7b_rapo" in job.ended("COMPLETED", 0)
+    assert re.search(r"plan: train trainer.* experiment=qwen2.5_7b_rapo", job.ended("COMPLETED", 0))
     assert not (job.run_dir / "checkpoints").exists()
     assert {path.name for path in (job.run_dir / "slurm" / "latest").glob("check.*")} == {"check.0", "check.1"}
 
