@@ -4,7 +4,10 @@ Used by every run of ours, veRL's built-in GRPO included, so that comparisons sh
 sample is worth.
 """
 
+import asyncio
 import os
+import random
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,14 @@ import ray
 import transfer_queue as tq
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from rapo_verl.reward.function import RESPONSE_LIMIT, RESPONSE_TOKENS, TRUNCATED, verdict_metrics
 from rapo_verl.run.files import write_atomic
 from rapo_verl.run.modes import is_async
 from rapo_verl.run.names import FAILURE_FILE, RUN_DIR_VARIABLE
 from rapo_verl.run.seeds import sampling_seed
+from rapo_verl.training.agent_loop import OneTurnLoop, Together, is_single_turn, queue_row, reward_batch
 
 
 def failure_path() -> Path | None:
@@ -33,37 +38,90 @@ class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
     def __init__(self, *args: Any, **kwargs: Any):
         # Not superfluous: Ray 2.60 rewraps an inherited __init__ of an async actor, whose super() then fails.
         super().__init__(*args, **kwargs)
+        self._seed = int(self.config.actor_rollout_ref.rollout.seed)
+        self._async = is_async(self.config.trainer.v1.trainer_mode)
+        self._loop = OneTurnLoop.of(self)
+        self._scored, self._stored = Together(self._score), Together(self._store)
+        # Together only what is text, judged by a function and answered in one turn.
+        reward = self.config.reward.reward_model
+        self._plain = not (self.distillation_enabled or reward.enable) and self.processor is None
 
     async def _run_agent_loop(self, sampling_params: dict, trajectory: dict, **kwargs: Any) -> Any:
-        if not trajectory["validate"] and is_async(self.config.trainer.v1.trainer_mode):
-            # An interrupted request goes on with its own seed (workers/rollout/llm_server.py:285), whose random numbers
-            # have drawn its first tokens already: the rest would depend on them beyond what the policy says.
+        validate = trajectory["validate"]
+        # With asynchronous trainers an interrupted request goes on with its own seed
+        # (workers/rollout/llm_server.py:285), whose random numbers have drawn its first tokens already: the rest would
+        # depend on them beyond what the policy says.
+        if validate or not self._async:
+            # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:125: passes one sampling_params to the whole group.
+            seed = sampling_seed(
+                "validation" if validate else "train",
+                self._seed,
+                int(trajectory["step"]),
+                int(trajectory["sample_index"]),  # row of the problem in the data set
+                int(kwargs["session_id"]),  # number of the response within its group
+            )
+            sampling_params = {**sampling_params, "seed": seed}
+        if kwargs.get("trace") or not (self._plain and is_single_turn(kwargs["agent_name"])):
             return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
-        # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:125: passes one sampling_params to the whole group.
-        seed = sampling_seed(
-            "validation" if trajectory["validate"] else "train",
-            int(self.config.actor_rollout_ref.rollout.seed),
-            int(trajectory["step"]),
-            int(trajectory["sample_index"]),  # row of the problem in the data set
-            int(kwargs["session_id"]),  # number of the response within its group
-        )
-        return await super()._run_agent_loop({**sampling_params, "seed": seed}, trajectory, **kwargs)
+        # verl 0.9.1 experimental/agent_loop/agent_loop.py:661: here without a loop of its own for each sample.
+        fields = {name: value for name, value in kwargs.items() if name not in ("agent_name", "trace")}
+        output = await self._loop.run(sampling_params, **fields)
+        return await self._agent_loop_postprocess(output, validate, **fields)
 
     async def _compute_score(self, outputs: list, kwargs: dict) -> None:
         # verl 0.9.1 experimental/agent_loop/agent_loop.py:967: agent_loop_tq.py:133 logs what it raises and goes on.
         # The reward function gets the response as text (naive.py:50); what only tokens tell goes the way of
         # extra_fields, which naive.py:46 merges into its extra_info.
-        final, limit = outputs[-1], int(self.config.actor_rollout_ref.rollout.response_length)
+        final, limit = outputs[-1], int(self.rollout_config.response_length)
         length = len(final.response_ids)
         ended = length > 0 and final.response_ids[-1] == self.tokenizer.eos_token_id
         final.extra_fields.update(
             {RESPONSE_TOKENS: length, RESPONSE_LIMIT: limit, TRUNCATED: length >= limit and not ended}
         )
         try:
-            await super()._compute_score(outputs, kwargs)
+            if len(outputs) > 1 or not (self._plain and self.reward_loop_worker_handles and length):
+                await super()._compute_score(outputs, kwargs)
+            elif final.reward_score is None:
+                started = time.monotonic()
+                result = await self._scored((final, kwargs))
+                final.reward_score = result["reward_score"]
+                final.extra_fields["reward_extra_info"] = result["reward_extra_info"]
+                final.metrics.compute_score = time.monotonic() - started
         except Exception:  # recorded with its sample, then raised again
             self._record_failure(outputs[-1], kwargs)
             raise
+
+    async def _score(self, items: list[tuple[Any, dict]]) -> list[Any]:
+        worker = random.choice(self.reward_loop_worker_handles)
+        if len(items) == 1:
+            return [await worker.compute_score.remote(reward_batch(items))]
+        try:
+            return await worker.compute_score_batch.remote(reward_batch(items))
+        except Exception:  # of one of them: each alone, so that it is raised for its own sample
+            results = await asyncio.gather(*(self._score([item]) for item in items), return_exceptions=True)
+            return [result if isinstance(result, BaseException) else result[0] for result in results]
+
+    async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:
+        # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:160: for the queue, many samples are one call.
+        if isinstance(output, list) or not self._plain or not output.response_ids:
+            await super()._agent_loop_postprocess(output, validate, **kwargs)
+            return
+        await self._compute_score([output], kwargs)
+        await self._stored(("val" if validate else "train", *queue_row(output, kwargs)))
+
+    async def _store(self, rows: list[tuple[str, str, dict, dict]]) -> list[None]:
+        alike: dict[tuple, list] = {}
+        for row in rows:
+            alike.setdefault((row[0], *row[2]), []).append(row)  # a partition and the names of the fields
+        for (partition, *_), group in alike.items():
+            _, keys, fields, tags = zip(*group, strict=True)
+            await tq.async_kv_batch_put(
+                keys=list(keys),
+                fields=list_of_dict_to_tensordict(list(fields)),
+                tags=list(tags),
+                partition_id=partition,
+            )
+        return [None] * len(rows)
 
     def _record_failure(self, output: Any, kwargs: dict) -> None:
         path = failure_path()
