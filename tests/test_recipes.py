@@ -159,7 +159,10 @@ def test_chunked_entropy_on_megatron_is_refused_because_verl_cannot_differentiat
     from verl.utils.megatron.tensor_parallel import vocab_parallel_entropy_with_chunking
 
     chunked = "actor_rollout_ref.actor.entropy_from_logits_with_chunking=true"
-    (problem,) = problems_of(compose_config(["experiment=qwen2.5_7b_rapo", *stand_ins, chunked]))
+    # With our own head there is no such entropy to differentiate.
+    assert problems_of(compose_config(["experiment=qwen2.5_7b_rapo", *stand_ins, chunked])) == []
+    verls = [chunked, "rapo.head=verl"]
+    (problem,) = problems_of(compose_config(["experiment=qwen2.5_7b_rapo", *stand_ins, *verls]))
     assert "entropy_from_logits_with_chunking" in problem
     init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:

@@ -100,32 +100,7 @@ class RapoConfig:
         kl, ref = self.forward_kl, self.reference
         checks = [
             (self.head in HEADS, f"rapo.head is {self.head!r}; allowed: {', '.join(HEADS)}"),
-            (
-                math.isfinite(kl.coef) and kl.coef >= 0,
-                f"rapo.forward_kl.coef (alpha) is {kl.coef}; allowed: a finite number >= 0 (0 switches RAPO off)",
-            ),
-            (
-                kl.estimator in ESTIMATORS,
-                f"rapo.forward_kl.estimator is {kl.estimator!r}; allowed: {', '.join(ESTIMATORS)}",
-            ),
-            (
-                math.isfinite(kl.rho_max) and kl.rho_max > 1,
-                f"rapo.forward_kl.rho_max is {kl.rho_max}; allowed: a finite number > 1, since at rho = 1 the "
-                "gradient is zero and a bound below it would reverse it",
-            ),
-            (
-                math.isfinite(kl.samples_coef) and kl.samples_coef >= 0,
-                f"rapo.forward_kl.samples_coef is {kl.samples_coef}; allowed: a finite number >= 0",
-            ),
-            (
-                kl.samples_coef == 0 or bool(kl.samples),
-                "rapo.forward_kl.samples_coef > 0 needs rapo.forward_kl.samples, a folder of `rapo reference-answers`",
-            ),
-            (
-                kl.samples_per_prompt >= 1 and 0 <= kl.samples_weight_of_wrong <= 1,
-                f"rapo.forward_kl.samples_per_prompt, samples_weight_of_wrong are {kl.samples_per_prompt}, "
-                f"{kl.samples_weight_of_wrong}; allowed: a whole number >= 1, and [0, 1]",
-            ),
+            *_forward_kl_checks(kl),
             (
                 ref.reading in READINGS,
                 f"rapo.reference.reading is {ref.reading!r}; allowed: {', '.join(READINGS)}",
@@ -166,6 +141,37 @@ class RapoConfig:
             ),
         ]
         return [message for ok, message in checks if not ok]
+
+
+def _forward_kl_checks(kl: ForwardKLConfig) -> list[tuple[bool, str]]:
+    return [
+        (
+            math.isfinite(kl.coef) and kl.coef >= 0,
+            f"rapo.forward_kl.coef (alpha) is {kl.coef}; allowed: a finite number >= 0 (0 switches RAPO off)",
+        ),
+        (
+            kl.estimator in ESTIMATORS,
+            f"rapo.forward_kl.estimator is {kl.estimator!r}; allowed: {', '.join(ESTIMATORS)}",
+        ),
+        (
+            math.isfinite(kl.rho_max) and kl.rho_max > 1,
+            f"rapo.forward_kl.rho_max is {kl.rho_max}; allowed: a finite number > 1, since at rho = 1 the "
+            "gradient is zero and a bound below it would reverse it",
+        ),
+        (
+            math.isfinite(kl.samples_coef) and kl.samples_coef >= 0,
+            f"rapo.forward_kl.samples_coef is {kl.samples_coef}; allowed: a finite number >= 0",
+        ),
+        (
+            kl.samples_coef == 0 or bool(kl.samples),
+            "rapo.forward_kl.samples_coef > 0 needs rapo.forward_kl.samples, a folder of `rapo reference-answers`",
+        ),
+        (
+            kl.samples_per_prompt >= 1 and 0 <= kl.samples_weight_of_wrong <= 1,
+            f"rapo.forward_kl.samples_per_prompt, samples_weight_of_wrong are {kl.samples_per_prompt}, "
+            f"{kl.samples_weight_of_wrong}; allowed: a whole number >= 1, and [0, 1]",
+        ),
+    ]
 
 
 def rapo_config_from(node: Any) -> RapoConfig:
