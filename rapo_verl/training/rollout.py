@@ -9,6 +9,7 @@ import os
 import random
 import time
 import traceback
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,21 @@ class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
     def __init__(self, *args: Any, **kwargs: Any):
         # Not superfluous: Ray 2.60 rewraps an inherited __init__ of an async actor, whose super() then fails.
         super().__init__(*args, **kwargs)
-        self._seed = int(self.config.actor_rollout_ref.rollout.seed)
-        self._async = is_async(self.config.trainer.v1.trainer_mode)
         self._loop = OneTurnLoop.of(self)
         self._scored, self._stored = Together(self._score), Together(self._store)
-        # Together only what is text, judged by a function and answered in one turn.
-        reward = self.config.reward.reward_model
-        self._plain = not (self.distillation_enabled or reward.enable) and self.processor is None
+
+    @cached_property
+    def _async(self) -> bool:
+        return is_async(self.config.trainer.v1.trainer_mode)
+
+    @cached_property
+    def _seed(self) -> int:
+        return int(self.config.actor_rollout_ref.rollout.seed)
+
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether samples are text, judged by a function: these are scored and put together."""
+        return not (self.distillation_enabled or self.config.reward.reward_model.enable) and self.processor is None
 
     async def _run_agent_loop(self, sampling_params: dict, trajectory: dict, **kwargs: Any) -> Any:
         validate = trajectory["validate"]
@@ -61,7 +70,7 @@ class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
                 int(kwargs["session_id"]),  # number of the response within its group
             )
             sampling_params = {**sampling_params, "seed": seed}
-        if kwargs.get("trace") or not (self._plain and is_single_turn(kwargs["agent_name"])):
+        if kwargs.get("trace") or not (is_single_turn(kwargs.get("agent_name", "")) and self._plain):
             return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
         # verl 0.9.1 experimental/agent_loop/agent_loop.py:661: here without a loop of its own for each sample.
         fields = {name: value for name, value in kwargs.items() if name not in ("agent_name", "trace")}
