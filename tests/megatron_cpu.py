@@ -192,12 +192,7 @@ class Rank:
         """Return the metrics of one update, on the ranks that have them."""
         from verl.utils import tensordict_utils as tu
 
-        from rapo_verl.method.config import ReferenceConfig
-        from rapo_verl.method.reweighting import response_phi
-
         data = torch.load(self.spec["update"], weights_only=False)
-        # As the reference pass returns it.
-        data["rapo_phi"] = response_phi(data["rm_scores"], ReferenceConfig())
         for name, value in (fields or {}).items():
             data[name] = value
         tu.assign_non_tensor(

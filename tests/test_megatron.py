@@ -134,6 +134,7 @@ class Truth:
         data = self.batch.copy()
         data["old_log_probs"], data["ref_log_prob"] = (jagged(map(torch.add, said, part)) for part in noise)
         data["advantages"] = jagged(advantages)
+        data["rapo_phi"] = reward_to_phi(torch.tensor(REWARDS), ReferenceConfig())  # as the reference pass returns it
         return data
 
     def update(self, config, rapo):
