@@ -9,8 +9,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 
 from rapo_verl.method.config import ESTIMATORS, PHI_SHAPES, READINGS, RapoConfig, rapo_config_from
+from rapo_verl.run.combinations import refused_combinations
 from rapo_verl.run.compose import compose_config, experiments, recipe_dir
-from rapo_verl.run.modes import problems_of_mode
 
 
 def node(**changes) -> dict:
@@ -283,6 +283,10 @@ def test_baseline_differs_from_rapo_in_the_method_only():
 
 
 # --- trainers ---
+
+
+def problems_of_mode(config) -> list[str]:
+    return refused_combinations(config, None, {})
 
 
 @pytest.mark.parametrize("mode", ["sync", "rapo_sync", "colocate_async", "rapo_colocate_async"])
