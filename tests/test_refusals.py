@@ -123,17 +123,17 @@ def test_all_wrong_values_are_told_at_once_and_what_follows_from_them_is_not(pro
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
-        ([None] * 64, "missing or empty in 64 row(s), first in 0"),
-        (["2"] * 63 + [None], "missing or empty in 1 row(s), first in 63"),
-        (["2"] * 60 + [" "] * 4, "missing or empty in 4 row(s), first in 60"),
-        ([2] * 64, "is of type int64; allowed: a text"),
-        ([["2"]] * 64, "is of type list"),
-        ([2.5] * 64, "is of type double"),
+        ([None] * 240, "missing or empty in 240 row(s), first in 0"),
+        (["2"] * 239 + [None], "missing or empty in 1 row(s), first in 239"),
+        (["2"] * 236 + [" "] * 4, "missing or empty in 4 row(s), first in 236"),
+        ([2] * 240, "is of type int64; allowed: a text"),
+        ([["2"]] * 240, "is of type list"),
+        ([2.5] * 240, "is of type double"),
     ],
 )
 @pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".json"])
 def test_right_answers_are_looked_at(problems, tmp_path, answers, said, kind):
-    found = problems(write(tmp_path / f"train{kind}", answers), "data.train_batch_size=64")
+    found = problems(write(tmp_path / f"train{kind}", answers))
     assert any(said in problem for problem in found), found
 
 
@@ -141,20 +141,20 @@ def test_another_reward_function_may_want_other_answers(problems, tmp_path):
     code = tmp_path / "mine.py"
     code.write_text("if True:\n    def mine(**kwargs):\n        return 1.0\n")
     own = [f"reward.custom_reward_function.path={code}", "reward.custom_reward_function.name=mine"]
-    assert problems(write(tmp_path / "train.parquet", [[1, 2]] * 64), *own) == []
+    assert problems(write(tmp_path / "train.parquet", [[1, 2]] * 240), *own) == []
     code.write_text("def mine(:")
     assert any("is no Python" in problem for problem in problems(*own))
 
 
 @pytest.mark.parametrize("prompt", ["What?", ["What?"], [{"from": "human", "value": "What?"}]])
 def test_prompt_that_is_no_chat_is_refused(problems, tmp_path, prompt):
-    (problem,) = problems(write(tmp_path / "train.parquet", ["2"] * 64, prompt=prompt))
+    (problem,) = problems(write(tmp_path / "train.parquet", ["2"] * 240, prompt=prompt))
     assert "prompts are of type string" in problem or "have no role and content" in problem
 
 
 def test_json_data_and_a_reader_of_the_users_are_taken(problems, tmp_path):
     for kind in (".json", ".jsonl"):
-        assert problems(write(tmp_path / f"train{kind}", ["2"] * 64)) == []
+        assert problems(write(tmp_path / f"train{kind}", ["2"] * 240)) == []
     (tmp_path / "reader.py").write_text("class Reader: ...")
     own = [f"data.custom_cls.path={tmp_path}/reader.py", "data.train_files=/no/such/thing"]
     assert problems(*own, "data.custom_cls.name=Reader") == []

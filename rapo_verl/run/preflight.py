@@ -136,7 +136,6 @@ def _verls_own(config: DictConfig) -> list[str]:
             copy, use_reference_policy=need_reference_policy(copy), use_critic=need_critic(copy)
         ),
         "actor_rollout_ref.rollout": lambda: omega_conf_to_dataclass(copy.actor_rollout_ref.rollout),
-        "actor_rollout_ref.ref": lambda: omega_conf_to_dataclass(copy.actor_rollout_ref.ref),
         "algorithm": lambda: omega_conf_to_dataclass(copy.algorithm),
     }
     # veRL prints and warns of what it finds in order, too.

@@ -1,5 +1,6 @@
-"""What a single key of a run's config may hold: its type, its bounds, its names. What keys may not hold together
-stands in `rapo_verl.run.combinations`.
+"""What a single key of a run's config may hold: its type, its bounds, its names.
+
+What keys may not hold together stands in `rapo_verl.run.combinations`.
 """
 
 from collections.abc import Iterator
