@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def problems_of(config: DictConfig) -> list[str]:
     """
     if config.trainer.device == "cpu":
         os.environ.setdefault("VERL_PLATFORM", "cpu")
-    defaults = compose_config([])
+    defaults = _parent()
     wrong = wrong_values(config, defaults)
     if not any(key.startswith("trainer.logger") for key in wrong):
         wrong |= wrong_names(config)
@@ -56,6 +57,11 @@ def problems_of(config: DictConfig) -> list[str]:
     found += problems_of_answers(config) if rapo is not None else []
     found += _run_dir(config) + _resume(config) + _secrets(config)
     return found + ([] if wrong else _verls_own(config))
+
+
+@lru_cache
+def _parent() -> DictConfig:
+    return compose_config([])
 
 
 def _model_config(path: str) -> dict[str, Any]:
