@@ -293,14 +293,17 @@ def problems_of_mode(config) -> list[str]:
 def test_trainer_takes_its_samples_through_the_buffer_of_its_kind(mode):
     buffers = ("StrictReplayBuffer", "StrictReplayBufferAsync")
     right, wrong = reversed(buffers) if mode.endswith("_async") else buffers
-    named = [f"trainer.v1.trainer_mode={mode}", "trainer.v1.sampler.custom_sampler.name="]
-    assert problems_of_mode(compose_config([named[0], named[1] + right])) == []
-    (problem,) = problems_of_mode(compose_config([named[0], named[1] + wrong]))
+    group, mode = "actor_rollout_ref.rollout.n=8", f"trainer.v1.trainer_mode={mode}"
+    sampler = "trainer.v1.sampler.custom_sampler.name="
+    assert problems_of_mode(compose_config([group, mode, sampler + right])) == []
+    (problem,) = problems_of_mode(compose_config([group, mode, sampler + wrong]))
     assert wrong in problem and right in problem
 
 
 def test_unknown_trainer_is_refused_with_those_there_are():
-    (problem,) = problems_of_mode(compose_config(["trainer.v1.trainer_mode=rapo_async"]))
+    (problem,) = problems_of_mode(
+        compose_config(["trainer.v1.trainer_mode=rapo_async", "actor_rollout_ref.rollout.n=8"])
+    )
     assert "'rapo_async'" in problem and "colocate_async" in problem and "separate_async" in problem
 
 

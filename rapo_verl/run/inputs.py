@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def _read(what: str, file: Path, config: DictConfig) -> tuple[list[str], int]:
             parquet = pq.ParquetFile(file)
             there = [name for name in wanted if name in parquet.schema_arrow.names]
             table = parquet.read(there) if there else parquet.read().slice(0, 0)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return [f"{what} is not a {kind or 'parquet'} file ({str(error)[:200]})"], 0
     if kind is None:
         return [f"{what}: veRL reads {', '.join(KINDS)} by the end of the name; rename it"], 0
@@ -145,14 +146,10 @@ def _read(what: str, file: Path, config: DictConfig) -> tuple[list[str], int]:
 
 
 def _read_json(file: Path) -> pa.Table:
-    import pandas as pd
-
-    read: Any = {"convert_dates": False, "dtype": False, "precise_float": True}
-    try:
-        frame = pd.read_json(file, lines=True, **read)
-    except ValueError:
-        frame = pd.read_json(file, **read)
-    return pa.Table.from_pylist(frame.to_dict("records"))
+    text = file.read_text(encoding="utf-8-sig")
+    lines = [text] if text.lstrip().startswith("[") else [line for line in text.splitlines() if line.strip()]
+    rows = [json.loads(line) for line in lines]
+    return pa.Table.from_pylist(rows[0] if rows and isinstance(rows[0], list) else rows)
 
 
 def _chats(what: str, prompts: pa.ChunkedArray) -> str:
