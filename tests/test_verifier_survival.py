@@ -320,12 +320,14 @@ def test_verdicts_inside_ray_actors():
 def test_a_nursery_killed_while_idle_is_replaced_once():
     verifier = Verifier(VerifierSettings(deadline_s=60, workers=4))
     verifier.verify_many([boxed(f"{i}+1") for i in range(40)], [str(i + 1) for i in range(40)])
-    os.kill(verifier.pool._nursery._process.pid, signal.SIGKILL)
+    killed = verifier.pool._nursery._process.pid
+    os.kill(killed, signal.SIGKILL)
     nurseries = set()
     for i in range(10):
         assert verifier.verify(boxed(f"{i}+300"), str(i + 300))[0] == "correct"
         nurseries.add(verifier.pool._nursery._process.pid)
-    assert len(nurseries) == 1
+    # Its idle workers may answer once more before their parent's death reaches them.
+    assert len(nurseries - {killed}) == 1
     verifier.close()
 
 
