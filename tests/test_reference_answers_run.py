@@ -186,7 +186,7 @@ def test_real_run_learns_from_the_answers_and_counts_them_nowhere(toy_dir, writt
         assert on["rapo/reference_answers/loss"] == pytest.approx(sum(means) / PROBLEMS, rel=1e-4)
         for key in off:
             if not key.startswith(("actor/grad_norm", "actor/loss", "actor/pg_clipfrac", "actor/ppo_kl")):
-                assert on[key] == off[key], key
+                assert on[key] == pytest.approx(off[key], rel=1e-4, abs=1e-6), key  # fp32 sums over other micro-batches
         assert on["actor/grad_norm"] != off["actor/grad_norm"]
 
 
