@@ -11,12 +11,13 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from rapo_verl import Refused
 from rapo_verl.cli import app
 from rapo_verl.data.chat import INSTRUCTION, messages, render
 from rapo_verl.data.layouts import to_problems
 from rapo_verl.data.overlap import HeldOut, aime_keys, normalized
 from rapo_verl.data.prepare import SCHEMA, held_out, prepare, show
-from rapo_verl.data.sources import HUB, DataError, read_records
+from rapo_verl.data.sources import HUB, read_records
 from rapo_verl.reward import Verifier, VerifierSettings
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -187,7 +188,7 @@ def test_rows_of_several_layouts_are_each_read_and_an_unknown_file_is_named():
     problems, layouts = to_problems(mixed, "set")
     assert [(p.question, p.answer) for p in problems] == [("", ""), ("b", "2"), ("c", "3")]
     assert "no known columns: question" in "".join(problems[0].fault) and len(layouts) == 2
-    with pytest.raises(DataError, match=r"(?s)no known columns: bar, foo.*question, answer"):
+    with pytest.raises(Refused, match=r"(?s)no known columns: bar, foo.*question, answer"):
         to_problems([{"foo": 1, "bar": 2}], "set")
 
 
@@ -276,7 +277,7 @@ def test_dropped_rows_are_named_with_their_reason(tmp_path, verifier):
 def test_corrupt_row_refuses_the_file_and_writes_nothing(tmp_path, verifier, change, said):
     records = rows(3)
     records[1] |= change
-    with pytest.raises(DataError) as error:
+    with pytest.raises(Refused) as error:
         prepare(str(write(tmp_path / "train.jsonl", records)), tmp_path / "out", verifier=verifier)
     assert said in str(error.value) and "row 1 (" in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -288,10 +289,10 @@ def test_suspect_rows_refuse_an_evaluation_set_and_are_named_in_a_training_set(t
     records[2]["question"] = "\\begin{cases} x \\ y \\end{cases}?"
     training = card_of(prepare(str(write(tmp_path / "t.jsonl", records)), tmp_path / "out", verifier=verifier))
     assert [d["row"] for d in training["suspect_but_kept"]] == [1, 2] and training["rows"] == 300
-    with pytest.raises(DataError, match=r"(?s)row 1 .*U\+0009 before 'riangle'.*row 2 .*row breaks lost"):
+    with pytest.raises(Refused, match=r"(?s)row 1 .*U\+0009 before 'riangle'.*row 2 .*row breaks lost"):
         prepare(str(write(tmp_path / "math500.jsonl", records)), tmp_path / "out", verifier=verifier)
     few = [records[1], *rows(10)]
-    with pytest.raises(DataError, match="row 0"):
+    with pytest.raises(Refused, match="row 0"):
         prepare(str(write(tmp_path / "few.jsonl", few)), tmp_path / "out", verifier=verifier)
 
 
@@ -315,7 +316,7 @@ def test_aime_answers_become_canonical_integers(tmp_path, verifier):
 )
 def test_wrong_aime_key_is_refused(tmp_path, verifier, identity, answer, said):
     source = write(tmp_path / "aime.jsonl", [{"ID": identity, "Problem": "P?", "Answer": answer}])
-    with pytest.raises(DataError) as error:
+    with pytest.raises(Refused) as error:
         prepare(str(source), tmp_path / "out", verifier=verifier)
     assert said in str(error.value) and identity in str(error.value)
 
@@ -330,7 +331,7 @@ def test_overlap_is_refused_or_dropped_and_found_in_prepared_files_too(tmp_path,
     prepared = prepare(str(held_out), tmp_path / "held", verifier=verifier)
     source = str(write(tmp_path / "train.jsonl", rows(3)))
     for against in (held_out, prepared):
-        with pytest.raises(DataError, match=rf"row 1 .* is also {against.name}, row 0"):
+        with pytest.raises(Refused, match=rf"row 1 .* is also {against.name}, row 0"):
             prepare(source, tmp_path / "out", against=[against], verifier=verifier)
         path = prepare(source, tmp_path / "out", against=[against], drop_overlap=True, verifier=verifier)
         assert [d["row"] for d in card_of(path)["dropped"]] == [1]
@@ -360,7 +361,7 @@ def test_show_prints_what_the_model_sees(tmp_path, verifier):
     done = CliRunner().invoke(app, ["data", "show", str(path), "--rows", "1", "--start", "2"])
     assert done.exit_code == 0, done.output
     assert render(messages("What is 2 plus one?", "qwen-boxed"), None) in done.stdout and "answer '3'" in done.stdout
-    with pytest.raises(DataError, match="not in veRL's layout"):
+    with pytest.raises(Refused, match="not in veRL's layout"):
         show(tmp_path / "train.jsonl", model=None, rows=1, start=0)
 
 
@@ -373,9 +374,9 @@ def test_command_refuses_with_exit_code_two(tmp_path):
 def test_unreadable_files_are_named(tmp_path):
     for name, content in (("a.jsonl", "{"), ("b.parquet", "PAR"), ("c.txt", "x"), ("d.json", "[]"), ("e.csv", "a\n")):
         (tmp_path / name).write_text(content)
-        with pytest.raises(DataError, match=name):
+        with pytest.raises(Refused, match=name):
             read_records(tmp_path / name)
-    with pytest.raises(DataError, match="absent"):
+    with pytest.raises(Refused, match="absent"):
         read_records(tmp_path / "absent.jsonl")
 
 
@@ -393,7 +394,7 @@ def test_real_aime_is_whole(tmp_path, verifier, year):
 
 @needs_real
 def test_corrupt_aime_is_refused_naming_its_problems(tmp_path, verifier):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(Refused) as error:
         prepare(str(REAL / "aime2025_corrupt_fixture.jsonl"), tmp_path, verifier=verifier)
     for identity in ("I-11", "II-4", "II-5", "II-13"):
         assert f"(aime2025-{identity})" in str(error.value)
@@ -429,15 +430,15 @@ def prepared(tmp_path, verifier, records, name="train.jsonl", **options):
     ],
 )  # fmt: skip
 def test_prompt_in_a_column_of_questions_is_refused(tmp_path, verifier, prompt):
-    with pytest.raises(DataError, match=r"row 3 .*question is a prompt already"):
+    with pytest.raises(Refused, match=r"row 3 .*question is a prompt already"):
         prepared(tmp_path, verifier, [*rows(3), {"question": prompt, "answer": "1"}])
 
 
 def test_a_fault_of_every_row_is_not_told_of_every_row(tmp_path, verifier):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(Refused) as error:
         prepared(tmp_path, verifier, [row | {"question": VERL.format(row["question"])} for row in rows(300)])
     assert len(error.value.problems) == 21 and "280 more rows: question is a prompt already" in error.value.problems[-1]
-    with pytest.raises(DataError, match=r"no row is left of 10: 6 empty answer; 4 answer is neither text nor a number"):
+    with pytest.raises(Refused, match=r"no row is left of 10: 6 empty answer; 4 answer is neither text nor a number"):
         prepared(tmp_path, verifier, [row | {"answer": None if i < 6 else True} for i, row in enumerate(rows(10))])
 
 
@@ -460,14 +461,14 @@ def test_copies_of_an_evaluation_set_are_no_loss(tmp_path, verifier):
     ("name", "count", "whole"), [("math500", 499, 500), ("AIME_2024", 29, 30), ("aime25-II", 16, 15)]
 )
 def test_part_of_a_set_does_not_pass_for_the_whole(tmp_path, verifier, name, count, whole):
-    with pytest.raises(DataError, match=f"{count} problems; {name} has {whole}"):
+    with pytest.raises(Refused, match=f"{count} problems; {name} has {whole}"):
         prepared(tmp_path, verifier, rows(count), f"{name}.jsonl")
     assert len(prepared(tmp_path, verifier, rows(count), f"{name}-part.jsonl")[0]) == count
 
 
 def test_set_that_has_lost_its_choices_is_refused(tmp_path, verifier):
     records = [{"question": f"Which of them is {i}?", "answer": "ABCDE"[i % 5]} for i in range(20)]
-    with pytest.raises(DataError, match="lost its choices"):
+    with pytest.raises(Refused, match="lost its choices"):
         prepared(tmp_path, verifier, records)
     shown = [row | {"question": row["question"] + " (A) 1 (B) 2 (C) 3 (D) 4 (E) 5"} for row in records]
     assert len(prepared(tmp_path, verifier, shown)[0]) == 20
@@ -516,7 +517,7 @@ def test_aime_keys_are_those_of_the_problems_and_known_by_their_words(tmp_path, 
             assert problems.find(record["problem"]) == name and keys[name] == int(record["answer"])
     records, _ = read_records(REAL / "aime2024.jsonl")
     wrong = [{"problem": r["problem"], "answer": "480" if r["answer"] == "197" else r["answer"]} for r in records]
-    with pytest.raises(DataError, match="wrong key 480: this is AIME 2024-I-8, the right one is 197"):
+    with pytest.raises(Refused, match="wrong key 480: this is AIME 2024-I-8, the right one is 197"):
         prepared(tmp_path, verifier, wrong, "aime24.jsonl")
 
 
@@ -539,7 +540,7 @@ def test_aime_keys_are_those_of_the_problems_and_known_by_their_words(tmp_path, 
 )
 def test_files_of_other_shapes_are_refused(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(Refused, match=said):
         read_records(tmp_path / name)
 
 
@@ -556,7 +557,7 @@ def test_byte_order_mark_and_lines_under_the_other_suffix_are_read(tmp_path):
 
 
 def test_lone_surrogates_are_refused_in_texts_and_replaced_in_names(tmp_path, verifier):
-    with pytest.raises(DataError, match=r"U\+D800"):
+    with pytest.raises(Refused, match=r"U\+D800"):
         prepared(tmp_path, verifier, [{"question": "a\ud800", "answer": "1"}])
     table, _ = prepared(tmp_path, verifier, [{"id": "a\ud800", "question": "q", "answer": "1", "subject": "\udfff"}])
     assert (table[0]["extra_info"]["id"], table[0]["extra_info"]["subject"]) == ("a?", "?")
@@ -570,7 +571,7 @@ def test_what_would_be_overwritten_is_refused(tmp_path, verifier):
     done = CliRunner().invoke(app, ["data", "prepare", *both, "--out", str(tmp_path / "out")])
     assert done.exit_code == 2 and "sources of one name" in done.stderr and not (tmp_path / "out").exists()
     made = prepare(both[0], tmp_path / "out", verifier=verifier)
-    with pytest.raises(DataError, match="is its own source"):
+    with pytest.raises(Refused, match="is its own source"):
         prepare(str(made), tmp_path / "out", verifier=verifier)
     again = prepare(str(made), tmp_path / "again", verifier=verifier)
     assert pq.ParquetFile(again).read(["prompt"]).equals(pq.ParquetFile(made).read(["prompt"]))

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from stub_evaluation import PROBLEMS, SHARD, N, StubEngine, answer, draw, plan, run
 
+from rapo_verl import Refused
 from rapo_verl.evaluation.generate import GenerationError
-from rapo_verl.evaluation.spec import Plan, PlanError, Sampling
+from rapo_verl.evaluation.spec import Plan, Sampling
 from rapo_verl.evaluation.store import ShardError, Store, read_stated
 from rapo_verl.evaluation.watch import Watcher, describe
 
@@ -155,14 +156,14 @@ def test_every_changed_manifest_key_is_refused(tmp_path):
         "versions": {"vllm": "0"},
     }
     for key, value in changes.items():
-        with pytest.raises(PlanError, match=f"another evaluation(.|\n)*{key}.*there.*here"):
+        with pytest.raises(Refused, match=f"another evaluation(.|\n)*{key}.*there.*here"):
             draw(tmp_path, **{key: value})
     draw(tmp_path)  # the same one goes on
 
 
 def test_second_process_on_one_folder_is_refused(tmp_path):
     drawn = draw(tmp_path)
-    with drawn.store.locked(), pytest.raises(PlanError, match="another process generates"), drawn.store.locked():
+    with drawn.store.locked(), pytest.raises(Refused, match="another process generates"), drawn.store.locked():
         pass
 
 
@@ -170,7 +171,7 @@ def test_parts_run_side_by_side_and_make_every_shard_once(tmp_path):
     drawn = [replace(draw(tmp_path), part=(i, 3)) for i in range(3)]
     with drawn[0].store.locked((0, 3)), drawn[1].store.locked((1, 3)):
         for part in ((0, 1), (1, 3)):  # the whole folder, and a part that is taken
-            with pytest.raises(PlanError, match="another process generates"), drawn[0].store.locked(part):
+            with pytest.raises(Refused, match="another process generates"), drawn[0].store.locked(part):
                 pass
     made = []
     for one in drawn:
@@ -191,16 +192,16 @@ def test_no_two_samples_of_any_draws_share_a_seed():
 
 def test_seeds_too_close_are_refused(monkeypatch):
     monkeypatch.setattr(Plan, "_seed", lambda self, problem, first: problem * 10_000 + first // SHARD * (SHARD - 1))
-    with pytest.raises(PlanError, match="would share seeds"):
+    with pytest.raises(Refused, match="would share seeds"):
         plan()
 
 
 def test_impossible_plans_are_refused_with_every_fault():
-    with pytest.raises(PlanError) as refused:
+    with pytest.raises(Refused) as refused:
         plan(n=0, sampling=Sampling(temperature=-1, top_p=0))
     assert [line.split()[0] for line in str(refused.value).splitlines()] == ["temperature", "top_p", "n"]
     twice = plan().problems
-    with pytest.raises(PlanError, match="one id"):
+    with pytest.raises(Refused, match="one id"):
         plan(problems=(twice[0], *twice[:-1]))
 
 

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rapo_verl import Refused
 from rapo_verl.evaluation.prompts import load_prompts
-from rapo_verl.evaluation.spec import PlanError, Problem, read_problems
+from rapo_verl.evaluation.spec import Problem, read_problems
 
 QUESTION = [{"role": "user", "content": "How many?"}]
 
@@ -55,7 +56,7 @@ def ask(text):
 )
 def test_rows_that_are_no_problem_are_refused_by_number(tmp_path, changes, words):
     path = write(tmp_path, [row(0, prompt=ask("a")), row(1, **changes)])
-    with pytest.raises(PlanError) as refused:
+    with pytest.raises(Refused) as refused:
         read_problems([path])
     assert f"row 1: {words}" in str(refused.value) or words in str(refused.value).partition("row 1: ")[2]
 
@@ -63,7 +64,7 @@ def test_rows_that_are_no_problem_are_refused_by_number(tmp_path, changes, words
 def test_missing_columns_are_refused_in_any_row(tmp_path):
     whole = row()
     without = {key: value for key, value in whole.items() if key != "reward_model"}
-    with pytest.raises(PlanError, match="lacks reward_model"):
+    with pytest.raises(Refused, match="lacks reward_model"):
         read_problems([write(tmp_path, [whole, without])])
 
 
@@ -93,7 +94,7 @@ def test_copies_of_a_question_are_one_problem(tmp_path, caplog):
 
 def test_one_question_with_two_answers_is_refused(tmp_path):
     rows = [row(0), row(1, reward_model={"ground_truth": "8"})]
-    with pytest.raises(PlanError, match="the question of '0' with another right answer: '8', there '7'"):
+    with pytest.raises(Refused, match="the question of '0' with another right answer: '8', there '7'"):
         read_problems([write(tmp_path, rows)])
 
 
@@ -124,13 +125,13 @@ def templated(toy_dir, folder, template):
 def test_model_whose_template_does_not_take_the_messages_is_refused(toy_dir, tmp_path, template, words):
     turns = ({"role": "system", "content": "Think."}, *QUESTION)
     problem = Problem("p", "s", "g", "7", turns)
-    with pytest.raises(PlanError, match=words):
+    with pytest.raises(Refused, match=words):
         load_prompts(templated(toy_dir, tmp_path / "model", template), [problem], 8)
 
 
 def test_prompt_longer_than_the_model_names_the_problem_and_no_negative_limit(toy_dir):
     long = Problem("long one", "s", "g", "7", tuple(ask("how many " * 3000)))
-    with pytest.raises(PlanError) as refused:
+    with pytest.raises(Refused) as refused:
         load_prompts(toy_dir / "model", [Problem("p", "s", "g", "7", tuple(QUESTION)), long], 8)
     assert "'long one'" in str(refused.value) and "leave it out" in str(refused.value)
     assert "lower max_tokens" not in str(refused.value)

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
+from rapo_verl import Refused
 from rapo_verl.evaluation.engines import CPU_ENVIRONMENT, EngineSpec, RayEngine, RayFleet
 from rapo_verl.evaluation.generate import EngineLostError
 from rapo_verl.evaluation.session import generate_draws, read_subject
-from rapo_verl.evaluation.spec import PlanError, Sampling
+from rapo_verl.evaluation.spec import Sampling
 from rapo_verl.evaluation.store import Store
 from rapo_verl.run.export import resolve_model
 from rapo_verl.toy.base_model import encode_prompts
@@ -158,7 +159,7 @@ def test_verl_fsdp_checkpoint_is_merged_once_by_verl(toy_dir, tmp_path, monkeypa
         # veRL's merger writes bfloat16: 8 significant bits.
         torch.testing.assert_close(got[name].float(), tensor, rtol=2**-8, atol=1e-6)
     (actor / "model_world_size_1_rank_0.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(PlanError, match="veRL's merger failed"):
+    with pytest.raises(Refused, match="veRL's merger failed"):
         resolve_model(str(actor))
 
 

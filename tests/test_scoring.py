@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from stub_evaluation import PROBLEMS, SHARD, N, StubEngine, answer, draw, plan, run, samples
 
+from rapo_verl import Refused
 from rapo_verl.evaluation import score as scoring
 from rapo_verl.evaluation.score import score, score_path
-from rapo_verl.evaluation.spec import PlanError
 from rapo_verl.evaluation.store import Samples, Store, read_stated, read_table
 from rapo_verl.method.passk import default_ks
 from rapo_verl.report.load import load_result, load_study
@@ -40,18 +40,18 @@ def test_verdicts_counts_and_lengths_are_those_of_the_texts(store):
         said = texts(i)
         right = sum(f"{{{i}}}" in text for text in said)
         boxless = sum("none" in text for text in said)
-        assert result.correct[i] == right == responses.verdicts["correct"][i]
-        assert responses.verdicts["no_box"][i] == boxless == responses.truncated[i]
-        assert responses.verdicts["wrong"][i] == N - right - boxless
+        assert result.correct[i] == right == responses.problems["correct"][i]
+        assert responses.problems["no_box"][i] == boxless == responses.problems["truncated"][i]
+        assert responses.problems["wrong"][i] == N - right - boxless
     assert result.groups[:2] == ("b", "a")
     assert result.draw == 1
     rows = [row for i in range(PROBLEMS) for row in read_table(score_path(store, i)).to_pylist()]
     tokens = [row["tokens"] for row in rows]
-    assert responses.length_mean == pytest.approx(np.mean(tokens))
-    assert responses.length_median == np.quantile(tokens, 0.5, method="inverted_cdf")
-    assert responses.length_95 == np.quantile(tokens, 0.95, method="inverted_cdf")
+    assert responses.tokens["mean"] == pytest.approx(np.mean(tokens))
+    assert responses.tokens["median"] == np.quantile(tokens, 0.5, method="inverted_cdf")
+    assert responses.tokens["95"] == np.quantile(tokens, 0.95, method="inverted_cdf")
     right_tokens = [row["tokens"] for row in rows if row["verdict"] == "correct"]
-    assert responses.length_right == pytest.approx(np.mean(right_tokens))
+    assert responses.tokens["right"] == pytest.approx(np.mean(right_tokens))
 
 
 def test_guess_is_the_share_of_answers_to_other_problems(store):
@@ -59,7 +59,7 @@ def test_guess_is_the_share_of_answers_to_other_problems(store):
     responses = read_responses(store)
     for i in range(PROBLEMS):
         others = [text for j in range(PROBLEMS) if j != i for text in texts(j)]
-        assert responses.guess[i] == pytest.approx(sum(f"{{{i}}}" in text for text in others) / len(others))
+        assert responses.problems["guess"][i] == pytest.approx(sum(f"{{{i}}}" in text for text in others) / len(others))
 
 
 def test_scoring_twice_judges_nothing_and_resumes_by_problem(store):
@@ -95,14 +95,14 @@ def test_missing_and_damaged_samples_are_refused_with_the_command(store):
     path = store.shard_path(2, 0)
     whole = path.read_bytes()
     path.unlink()
-    with pytest.raises(PlanError, match=r"1 problem\(s\) are not complete; run `rapo eval generate` again"):
+    with pytest.raises(Refused, match=r"1 problem\(s\) are not complete; run `rapo eval generate` again"):
         score(store, INTEGER, jobs=1)
     damaged = bytearray(whole)
     damaged[damaged.find(b"\x28\xb5\x2f\xfd", len(damaged) // 4) + 12] ^= 0xFF
     path.write_bytes(bytes(damaged))
-    with pytest.raises(PlanError, match="run `rapo eval generate` again"):
+    with pytest.raises(Refused, match="run `rapo eval generate` again"):
         score(store, INTEGER, jobs=1)
-    with pytest.raises(PlanError, match="run `rapo eval score"):
+    with pytest.raises(Refused, match="run `rapo eval score"):
         read_responses(store)
 
 
@@ -116,7 +116,7 @@ def test_texts_repeated_across_shards_are_counted(tmp_path):
     drawn = draw(tmp_path)
     run(drawn, Parrot())
     score(drawn.store, INTEGER, jobs=1)
-    assert read_responses(drawn.store).repeated.tolist() == [0, N, *[0] * (PROBLEMS - 2)]
+    assert read_responses(drawn.store).problems["repeated"].tolist() == [0, N, *[0] * (PROBLEMS - 2)]
 
 
 def exact_majority(classes, k):
@@ -160,10 +160,10 @@ def test_study_takes_hard_from_another_draw_of_the_same_weights(tmp_path):
     assert [r.name for r in study.results] == ["base", "rl"]
     assert study.hard_choice.name == "base" and study.hard_choice.draw == 2
     assert study.hard_choice.correct != study.results[0].correct
-    with pytest.raises(PlanError, match="none of the report's"):
+    with pytest.raises(Refused, match="none of the report's"):
         load_study([folders["rl"]], folders["base_draw2"])
     score(Store.open(folders["rl"]), VerifierSettings(), jobs=1)
-    with pytest.raises(PlanError, match="judged differently"):
+    with pytest.raises(Refused, match="judged differently"):
         load_study([folders["base"], folders["rl"]], None)
 
 
@@ -190,7 +190,7 @@ def test_guess_counts_other_spellings_of_a_number(tmp_path):
     drawn = draw(tmp_path)
     run(drawn, Decimal())
     score(drawn.store, VerifierSettings(), jobs=1)
-    assert read_responses(drawn.store).guess[7] == 1.0
+    assert read_responses(drawn.store).problems["guess"][7] == 1.0
 
 
 @pytest.mark.parametrize("damage", ["emptied", "truncated", "flipped", "foreign", "short"])
@@ -210,4 +210,4 @@ def test_damaged_score_file_is_judged_again(store, damage):
     if damage in changed:
         path.write_bytes(changed[damage])
     assert score(store, INTEGER, jobs=1) == 1
-    assert read_responses(store).verdicts["correct"].sum() > 0
+    assert read_responses(store).problems["correct"].sum() > 0

@@ -40,11 +40,7 @@ def commands(help: str) -> typer.Typer:
 
 
 def composed(overrides: list[str]) -> Any:
-    """Return the resolved config of the overrides.
-
-    Raises:
-        Refused: no or an unknown experiment, key or value.
-    """
+    """Return the resolved config of the overrides."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from rapo_verl.data.sources import DataError
+from rapo_verl import Refused
 
 SYSTEM = "You are a helpful assistant."
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -71,13 +71,9 @@ def _is_chat(prompt: Any) -> bool:
 
 
 def render(turns: Any, tokenizer: Any | None) -> str:
-    """Return a prompt as the model sees it; without a tokenizer, in Qwen2.5's ChatML.
-
-    Raises:
-        DataError: these are no messages of text, or the model's template does not take them.
-    """
+    """Return a prompt as the model sees it; without a tokenizer, in Qwen2.5's ChatML."""
     if not _is_chat(turns):
-        raise DataError(
+        raise Refused(
             f"prompt is {turns!r:.60}; veRL takes messages, [{{role, content}}] with text: make them of this file with "
             "`rapo data prepare`"
         )
@@ -86,25 +82,21 @@ def render(turns: Any, tokenizer: Any | None) -> str:
         body = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
         return f"{body}<|im_start|>assistant\n"
     if not tokenizer.chat_template:
-        raise DataError(
+        raise Refused(
             f"{tokenizer.name_or_path}: this model has no chat template; give it one, as chat_template.jinja in its "
             "folder, or take its instruct version"
         )
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
-        raise DataError(
+        raise Refused(
             f"{tokenizer.name_or_path}: its chat template does not take this prompt ({error}); where it is the system "
             "message, `rapo data prepare --prompt boxed` makes prompts without one"
         ) from error
 
 
 def load_tokenizer(model: str | None) -> Any | None:
-    """Return the tokenizer of a model folder or hub id, None for None.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Return the tokenizer of a model folder or hub id, None for None."""
     if model is None:
         return None
     from transformers import AutoTokenizer
@@ -112,4 +104,4 @@ def load_tokenizer(model: str | None) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise DataError(f"--model {model}: no tokenizer there ({error})") from error
+        raise Refused(f"--model {model}: no tokenizer there ({error})") from error

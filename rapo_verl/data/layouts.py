@@ -10,8 +10,9 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from rapo_verl import Refused
 from rapo_verl.data.chat import question_in
-from rapo_verl.data.sources import DataError, Record
+from rapo_verl.data.sources import Record
 from rapo_verl.reward import last_boxed
 
 # Columns of the question and of the answer, case aside; the first pair that a row has filled is taken.
@@ -70,17 +71,13 @@ class RowError(ValueError):
 
 
 def to_problems(records: Iterable[Record], name: str) -> tuple[list[Problem], Counter[str]]:
-    """Return the problems of rows, and how many rows have which layout.
-
-    Raises:
-        DataError: no row has a known layout.
-    """
+    """Return the problems of rows, and how many rows have which layout."""
     layouts: Counter[str] = Counter()
     problems = list(_problems(records, name, layouts))
     if not layouts:
         known = "\n".join(f"  {', '.join(pair)}" for pair in LAYOUTS)
         columns = "".join(problems[0].fault or ())
-        raise DataError(f"{name}: {columns}; known are these pairs, beside what else is there:\n{known}")
+        raise Refused(f"{name}: {columns}; known are these pairs, beside what else is there:\n{known}")
     return problems, layouts
 
 

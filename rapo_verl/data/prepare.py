@@ -13,10 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rapo_verl import Refused
 from rapo_verl.data.chat import PROMPTS, load_tokenizer, messages, render
 from rapo_verl.data.layouts import Problem, to_problems
 from rapo_verl.data.overlap import HeldOut
-from rapo_verl.data.sources import HUB, DataError, file_sha256, iter_records, read_hub
+from rapo_verl.data.sources import HUB, file_sha256, iter_records, read_hub
 from rapo_verl.data.validate import Checked, bar, check_problems, first_of_each_kind, listed
 from rapo_verl.reward import Verifier
 from rapo_verl.run.files import write_atomic
@@ -60,11 +61,7 @@ def name_of(source: str) -> str:
 
 
 def held_out(paths: Iterable[Path]) -> HeldOut:
-    """Return the questions of prepared or raw files, each known as "file, row n (id)".
-
-    Raises:
-        DataError: a file cannot be read.
-    """
+    """Return the questions of prepared or raw files, each known as "file, row n (id)"."""
     questions = HeldOut()
     for path in paths:
         for problem in to_problems(bar(iter_records(path), f"reading {path.name}"), path.stem)[0]:
@@ -101,9 +98,6 @@ def prepare(
 
     Returns:
         The parquet file.
-
-    Raises:
-        DataError: the source cannot be read or must not be used; nothing was written.
     """
     name = name or name_of(source)
     target = out / f"{name}.parquet"
@@ -165,23 +159,23 @@ def _check_target(source: str, name: str, target: Path, prompt: str) -> None:
     if source not in HUB and target.resolve() == Path(source).resolve():
         problems.append(f"{target} is its own source; give another --name or --out")
     if problems:
-        raise DataError(problems)
+        raise Refused(problems)
 
 
 def _check_left(checked: Checked, source: str, name: str, plain: str) -> None:
     """Refuse a file for what its check found."""
     if checked.refused:
-        raise DataError([f"{source}: {line}" for line in listed(checked.refused, _REFUSED_SHOWN)])
+        raise Refused([f"{source}: {line}" for line in listed(checked.refused, _REFUSED_SHOWN)])
     rows = len(checked.kept)
     if not rows:
         reasons = Counter(finding.kind for finding in checked.dropped)
-        raise DataError(
+        raise Refused(
             f"{source}: no row is left of {len(checked.dropped)}: "
             + "; ".join(f"{count} {kind}" for kind, count in reasons.most_common())
         )
     whole = next((size for pattern, size in _WHOLE if pattern.fullmatch(plain)), rows)
     if rows != whole:
-        raise DataError(f"{source}: {rows} problems; {name} has {whole}. Name a part otherwise: --name {name}-part")
+        raise Refused(f"{source}: {rows} problems; {name} has {whole}. Name a part otherwise: --name {name}-part")
 
 
 def _with_own_ids(problems: list[Problem]) -> list[Problem]:
@@ -266,24 +260,20 @@ def card_markdown(card: dict[str, Any]) -> str:
 
 
 def show(path: Path, *, model: str | None, rows: int, start: int) -> list[str]:
-    """Return rendered prompts of a prepared file, each with its right answer.
-
-    Raises:
-        DataError: the file is not in veRL's layout, or has no such rows.
-    """
+    """Return rendered prompts of a prepared file, each with its right answer."""
     tokenizer = load_tokenizer(model)
     shown = []
     for i, record in islice(enumerate(iter_records(path)), start, start + rows):
         if "prompt" not in record:
-            raise DataError(f"{path}: not in veRL's layout; make it with `rapo data prepare {path}`")
+            raise Refused(f"{path}: not in veRL's layout; make it with `rapo data prepare {path}`")
         try:
             text = render(record["prompt"], tokenizer)
-        except DataError as error:
-            raise DataError(f"{path}, row {i}: {error}") from error
+        except Refused as error:
+            raise Refused(f"{path}, row {i}: {error}") from error
         count = f", {len(tokenizer(text, add_special_tokens=False)['input_ids'])} tokens" if tokenizer else ""
         extra, reward = (x if isinstance(x := record.get(key), dict) else {} for key in ("extra_info", "reward_model"))
         answer = reward.get("ground_truth")
         shown.append(f"--- row {i} ({extra.get('id') or 'no id'}{count}), answer {answer!r}\n{text}")
     if not shown:
-        raise DataError(f"{path}: has no row {start}")
+        raise Refused(f"{path}: has no row {start}")
     return shown

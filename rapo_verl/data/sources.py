@@ -16,10 +16,6 @@ from rapo_verl import Refused
 Record = dict[str, Any]
 
 
-class DataError(Refused):
-    """Data that must not be used; the message says what, where and how to mend it, one problem a line."""
-
-
 @dataclass(frozen=True)
 class HubSource:
     """Where a named set is on the Hugging Face hub."""
@@ -41,11 +37,7 @@ HUB = {
 
 
 def read_records(path: Path) -> tuple[list[Record], str]:
-    """Return the rows of a file and its sha256.
-
-    Raises:
-        DataError: as `iter_records`.
-    """
+    """Return the rows of a file and its sha256."""
     return list(iter_records(path)), file_sha256(path)
 
 
@@ -59,28 +51,24 @@ def file_sha256(path: Path) -> str:
 
 
 def iter_records(path: Path) -> Iterator[Record]:
-    """Yield the rows of a .json, .jsonl, .csv or .parquet file, at least one; few are in memory at once.
-
-    Raises:
-        DataError: another kind of file, one that cannot be read as what its name says, or one without rows.
-    """
+    """Yield the rows of a .json, .jsonl, .csv or .parquet file, at least one; few are in memory at once."""
     readers = {".parquet": _parquet_rows, ".csv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: allowed are .json, .jsonl, .csv and .parquet")
+        raise Refused(f"{path}: allowed are .json, .jsonl, .csv and .parquet")
     row = -1
     try:
         for row, record in enumerate(reader(path)):
             if not isinstance(record, dict):
-                raise DataError(f"{path}: row {row} is {record!r:.80}, no object with named columns")
+                raise Refused(f"{path}: row {row} is {record!r:.80}, no object with named columns")
             yield record
     except Refused:
         raise
     # ValueError: what is no UTF-8 and no JSON; RecursionError: lists nested a thousand deep.
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
-        raise DataError(f"{path}, after row {row}: {error}") from error
+        raise Refused(f"{path}, after row {row}: {error}") from error
     if row < 0:
-        raise DataError(f"{path}: holds no rows with named columns")
+        raise Refused(f"{path}: holds no rows with named columns")
 
 
 def _parquet_rows(path: Path) -> Iterator[Record]:
@@ -96,7 +84,7 @@ def _csv_rows(path: Path) -> Iterator[Record]:
         reader = csv.DictReader(stream)
         for record in reader:
             if None in record:
-                raise DataError(
+                raise Refused(
                     f"{path}, line {reader.line_num}: more cells than the header has columns; put a text with commas "
                     "into quotation marks"
                 )
@@ -122,19 +110,15 @@ def _json_rows(path: Path) -> Iterator[Any]:
         lists = {key: value for key, value in loaded.items() if isinstance(value, list) and value}
         if len(lists) != 1:
             what = ", ".join(f"{key!r} ({len(value)})" for key, value in lists.items()) or "none"
-            raise DataError(f"{path}: of an object, one list of rows is read; got {what}. Save it as a file of its own")
+            raise Refused(f"{path}: of an object, one list of rows is read; got {what}. Save it as a file of its own")
         (loaded,) = lists.values()
     if not isinstance(loaded, list):
-        raise DataError(f"{path}: holds {loaded!r:.80}, no list of rows")
+        raise Refused(f"{path}: holds {loaded!r:.80}, no list of rows")
     yield from loaded
 
 
 def read_hub(name: str) -> tuple[list[Record], str]:
-    """Return the rows of a set of `HUB` from the hub or its local cache, and the sha256 of their canonical JSON.
-
-    Raises:
-        DataError: it is neither cached nor to be had, or has another number of rows than the published set.
-    """
+    """Return the rows of a set of `HUB` from the hub or its local cache, and the sha256 of their canonical JSON."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -143,11 +127,11 @@ def read_hub(name: str) -> tuple[list[Record], str]:
     try:
         records = datasets.load_dataset(source.repository, split=source.split, data_files=files).to_list()
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
+        raise Refused(
             f"{name}: {source.repository} is not to be had from the hub or its cache ({error}); set HF_ENDPOINT to "
             "a mirror, HF_HOME to a cache, or give a local file instead of the name"
         ) from error
     if len(records) != source.rows:
-        raise DataError(f"{name}: the hub has {len(records)} rows, the published set has {source.rows}")
+        raise Refused(f"{name}: the hub has {len(records)} rows, the published set has {source.rows}")
     lines = (json.dumps(record, sort_keys=True, ensure_ascii=False, default=str) for record in records)
     return records, hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -6,9 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from rapo_verl import Refused
 from rapo_verl.evaluation.prompts import load_prompts
 from rapo_verl.evaluation.score import score_path
-from rapo_verl.evaluation.spec import PlanError, Problem, prompts_sha256
+from rapo_verl.evaluation.spec import Problem, prompts_sha256
 from rapo_verl.evaluation.store import Store, read_stated, read_table, write_table
 from rapo_verl.reward import Verdict
 from rapo_verl.run.reference_answers import ANSWERS_FILE, FORMAT, SCHEMA
@@ -19,18 +20,15 @@ def collect_answers(store: Store) -> Path:
 
     Args:
         store: judged samples of every problem, with their tokens.
-
-    Raises:
-        PlanError: the samples were drawn without their tokens, or the model that gave them is no longer there.
     """
     manifest = store.manifest
     if not manifest["sampling"].get("token_ids"):
-        raise PlanError(f"{store.folder}: its samples have no tokens; draw them with `rapo eval generate --token-ids`")
+        raise Refused(f"{store.folder}: its samples have no tokens; draw them with `rapo eval generate --token-ids`")
     problems = [Problem(**{**row, "messages": tuple(row["messages"])}) for row in store.problems]
     weights = Path(manifest["notes"]["weights"])
     prompts, _, _ = load_prompts(weights, problems, manifest["sampling"]["max_tokens"])
     if prompts_sha256(prompts) != manifest["prompts_sha256"]:
-        raise PlanError(f"{weights} makes other prompts than {store.folder} was drawn with: its tokenizer has changed")
+        raise Refused(f"{weights} makes other prompts than {store.folder} was drawn with: its tokenizer has changed")
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for problem, prompt in enumerate(prompts):
         verdicts = read_table(score_path(store, problem), ["verdict"])["verdict"].to_pylist()

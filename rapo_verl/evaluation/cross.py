@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from rapo_verl import Refused
 from rapo_verl.data.chat import load_tokenizer, render
 from rapo_verl.evaluation.engines import EngineSpec, VllmEngine
 from rapo_verl.evaluation.score import score_path
-from rapo_verl.evaluation.spec import PlanError
 from rapo_verl.evaluation.store import Store, read_table
 from rapo_verl.reward import Verdict
 from rapo_verl.run.export import model_sha256
@@ -55,9 +55,6 @@ def cross_logprob(store: Store, model: Path, out: Path, *, per_problem: int = 32
         out: JSON file.
         per_problem: at most so many of each problem.
         seed: of the choice.
-
-    Raises:
-        PlanError: there is no right sample, or the model has no tokenizer.
     """
     tokenizer = load_tokenizer(str(model))
     assert tokenizer is not None
@@ -71,7 +68,7 @@ def cross_logprob(store: Store, model: Path, out: Path, *, per_problem: int = 32
             prompts.append(prompt)
             responses.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not records:
-        raise PlanError(f"{store.folder}: no sample is right")
+        raise Refused(f"{store.folder}: no sample is right")
     longest = max(len(p) + len(r) for p, r in zip(prompts, responses)) + 1
     # Prompts' log-probs are not cached by prefix.
     engine = VllmEngine(EngineSpec(str(model), longest, options={"enable_prefix_caching": False}))

@@ -9,9 +9,9 @@ from typing import Any
 
 import psutil
 
+from rapo_verl import Refused
 from rapo_verl.evaluation.generate import Engine, EngineLostError, Request
 from rapo_verl.evaluation.guard import guard
-from rapo_verl.evaluation.spec import PlanError
 from rapo_verl.evaluation.store import Samples
 
 logger = logging.getLogger(__name__)
@@ -195,16 +195,12 @@ class RayFleet:
     """
 
     def __init__(self, spec: EngineSpec, *, engines: int = 0):
-        """Take at most ``engines`` engines, 0: as many as fit.
-
-        Raises:
-            PlanError: the cluster has no GPU and no number of engines was given.
-        """
+        """Take at most ``engines`` engines, 0: as many as fit."""
         self.spec = spec
         self.engines = engines
         self.on_gpus = self._room() > 0
         if not self.on_gpus and engines < 1:
-            raise PlanError(
+            raise Refused(
                 f"no node of the Ray cluster has {spec.tensor_parallel} GPU(s); wait until one has joined, or give "
                 "--engines N for N engines on processors"
             )

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rapo_verl import Refused
 from rapo_verl.data.chat import render
-from rapo_verl.evaluation.spec import PlanError, Problem
+from rapo_verl.evaluation.spec import Problem
 
 # End tokens of chat formats. Base models of the Qwen family end with one that their config does not name.
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
@@ -20,9 +21,6 @@ def load_prompts(
         folder: checkpoint with tokenizer and chat template.
         problems: the problems.
         max_tokens: of a response.
-
-    Raises:
-        PlanError: no tokenizer, no chat template, or the model is made for shorter sequences.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -31,14 +29,14 @@ def load_prompts(
         config = AutoConfig.from_pretrained(folder)
         texts = [render([dict(turn) for turn in problem.messages], tokenizer) for problem in problems]
     except (OSError, ValueError) as error:
-        raise PlanError(f"{folder}: {error}") from error
+        raise Refused(f"{folder}: {error}") from error
     prompts = tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     prompt = max(map(len, prompts))
     longest = prompt + max_tokens
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         mend = f"lower max_tokens to {limit - prompt}" if limit > prompt else "leave it out, or take another model"
-        raise PlanError(
+        raise Refused(
             f"the longest prompt ({problems[[len(p) for p in prompts].index(prompt)].id!r}, {prompt} tokens) and "
             f"max_tokens ({max_tokens}) need {longest} positions, the model has {limit}; {mend}"
         )

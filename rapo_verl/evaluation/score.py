@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rapo_verl.evaluation.spec import PlanError
+from rapo_verl import Refused
 from rapo_verl.evaluation.store import SCORES, ShardError, Store, read_stated, read_table, write_table
 from rapo_verl.reward import Verifier, VerifierSettings
 
@@ -83,9 +83,6 @@ def score(
         jobs: processes; default one a core. 1 stays in this process.
         started: called with the number of problems to judge.
         done: called after each.
-
-    Raises:
-        PlanError: samples are missing or damaged (``rapo eval generate`` makes them again).
     """
     todo = _outdated(store, settings)
     started(len(todo))
@@ -119,7 +116,7 @@ def _outdated(store: Store, settings: VerifierSettings) -> list[tuple[int, dict[
         if not _judged(store, problem, want):
             todo.append((problem, want))
     if faults:
-        raise PlanError(
+        raise Refused(
             f"{store.folder}: {len(faults)} problem(s) are not complete; run `rapo eval generate` again. "
             f"First: {faults[0]}"
         )
@@ -154,7 +151,7 @@ def _score_problem(store: Store, problem: int, want: dict[str, Any], verifier: V
         try:
             table = store.read(path, ["sample", "text", "tokens", "finish_reason"])
         except ShardError as error:
-            raise PlanError(f"{error}; run `rapo eval generate` again, which makes it anew") from error
+            raise Refused(f"{error}; run `rapo eval generate` again, which makes it anew") from error
         responses = table["text"].to_pylist()
         verdicts = verifier.verify_many(responses, [gold] * len(responses))
         parts.append(

@@ -40,11 +40,7 @@ class Subject:
     longest: int
 
     def draw(self, out: Path, *, n: int, draw: int = 1, shard: int = SHARD) -> Draw:
-        """Return a draw of n samples of each problem and its folder, made if need be.
-
-        Raises:
-            PlanError: impossible numbers, or a folder with samples of another plan.
-        """
+        """Return a draw of n samples of each problem and its folder, made if need be."""
         plan = Plan(
             model=self.sha256,
             data=self.data,
@@ -73,9 +69,6 @@ def read_subject(model: str, files: Sequence[Path], sampling: Sampling, *, limit
         files: veRL parquet files.
         sampling: settings; the model's end tokens are added to its stop ids.
         limit: only so many problems of each file.
-
-    Raises:
-        PlanError: anything that generation would fail on.
     """
     problems, data = read_problems(files, limit)
     model = checkpoint_of(model)
@@ -113,7 +106,7 @@ def generate_draws(draws: Sequence[Draw], fleet: Fleet, *, label: str) -> list[s
         label: of the bar.
 
     Raises:
-        PlanError: another process generates into one of the folders.
+        Refused: another process generates into one of the folders.
         GenerationError: engines are lost time and again.
     """
     bar = tqdm(desc=f"sampling {label}", unit="response", mininterval=bar_interval(), total=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rapo_verl import Refused
-from rapo_verl.data.sources import DataError, read_records
+from rapo_verl.data.sources import read_records
 from rapo_verl.run.seeds import sampling_seed
 
 logger = logging.getLogger(__name__)
@@ -19,10 +19,6 @@ logger = logging.getLogger(__name__)
 FORMAT = "rapo_verl.evaluation/1"
 # Samples of one shard: enough that a file is worth its overhead, few enough that a kill costs little.
 SHARD = 128
-
-
-class PlanError(Refused):
-    """An evaluation that cannot be or must not be made as asked; one fault a line."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class Plan:
     versions: dict[str, str]
 
     def __post_init__(self) -> None:
-        """Raise PlanError with every fault at once."""
+        """Raise Refused with every fault at once."""
         faults = self.sampling.problems()
         if self.n < 1 or self.shard < 1:
             faults.append(f"n is {self.n} and shard {self.shard}; allowed: at least 1")
@@ -114,7 +110,7 @@ class Plan:
             if any(b - a < self.shard for a, b in pairwise(seeds)):
                 faults.append(f"two shards would share seeds in draw {self.draw}; take another draw")
         if faults:
-            raise PlanError("\n".join(faults))
+            raise Refused(faults)
 
     @cached_property
     def jobs(self) -> tuple[Job, ...]:
@@ -161,16 +157,13 @@ def read_problems(files: Sequence[Path], limit: int | None = None) -> tuple[tupl
     Args:
         files: at least one.
         limit: take only the first problems of each file.
-
-    Raises:
-        PlanError: a file cannot be read or has another layout, all faults at once.
     """
     problems: list[Problem] = []
     faults, data = [], {}
     for path in files:
         try:
             records, data[path.name] = read_records(path)
-        except DataError as error:
+        except Refused as error:
             faults.append(str(error))
             continue
         missing = {column for column in ("prompt", "reward_model") if not all(column in row for row in records)}
@@ -183,7 +176,7 @@ def read_problems(files: Sequence[Path], limit: int | None = None) -> tuple[tupl
     if len(data) < len(files) and not faults:
         faults.append(f"file names must differ; got {', '.join(str(path) for path in files)}")
     if faults:
-        raise PlanError("\n".join(faults))
+        raise Refused(faults)
     return tuple(problems), data
 
 

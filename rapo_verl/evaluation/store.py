@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rapo_verl import Refused
-from rapo_verl.evaluation.spec import FORMAT, Job, Plan, PlanError
+from rapo_verl.evaluation.spec import FORMAT, Job, Plan
 from rapo_verl.run.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -103,9 +103,6 @@ class Store:
             folder: where.
             plan: what will be sampled into it.
             notes: what else to keep: where the model lay, the commit; not compared.
-
-        Raises:
-            PlanError: the folder holds samples of another plan.
         """
         path = folder / MANIFEST_FILE
         if path.exists():
@@ -113,7 +110,7 @@ class Store:
             differing = [key for key in plan.manifest if there.get(key) != plan.manifest[key]]
             if differing:
                 lines = [f"  {key}: {there.get(key)} there, {plan.manifest[key]} here" for key in differing]
-                raise PlanError("\n".join([f"{folder} holds samples of another evaluation:", *lines]))
+                raise Refused([f"{folder} holds samples of another evaluation:", *lines])
         else:
             folder.mkdir(parents=True, exist_ok=True)
             rows = [asdict(problem) for problem in plan.problems]
@@ -124,34 +121,26 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
-        """Return an existing folder.
-
-        Raises:
-            PlanError: there is no manifest, or one of another format.
-        """
+        """Return an existing folder."""
         try:
             manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
             problems = json.loads((folder / PROBLEMS_FILE).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
-            raise PlanError(f"{folder} holds no evaluation ({error}); make one with `rapo eval generate`") from error
+            raise Refused(f"{folder} holds no evaluation ({error}); make one with `rapo eval generate`") from error
         if manifest.get("format") != FORMAT:
-            raise PlanError(f"{folder}: the manifest's format must be {FORMAT!r}; got {manifest.get('format')!r}")
+            raise Refused(f"{folder}: the manifest's format must be {FORMAT!r}; got {manifest.get('format')!r}")
         return cls(folder, manifest, problems)
 
     @contextmanager
     def locked(self, part: tuple[int, int] = (0, 1)) -> Iterator[None]:
-        """Hold the folder, or the i-th of ``count`` parts of it, for one generating process.
-
-        Raises:
-            PlanError: another one holds it.
-        """
+        """Hold the folder, or the i-th of ``count`` parts of it, for one generating process."""
         alone = part[1] == 1
         with (self.folder / ".lock").open("w") as lock, (self.folder / ".lock.{}-{}".format(*part)).open("w") as own:
             try:
                 fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
                 fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise PlanError(f"another process generates into {self.folder}; wait for it or end it") from error
+                raise Refused(f"another process generates into {self.folder}; wait for it or end it") from error
             # What a killed process was writing, where nobody else can be writing.
             for left in (self.folder / SHARDS).glob("*/.*.tmp") if alone else ():
                 left.unlink()
@@ -164,6 +153,12 @@ class Store:
     def shards_of(self, problem: int) -> list[Path]:
         """Return the paths that hold all samples of a problem, in order."""
         return [self.shard_path(problem, i) for i in range(-(-self.manifest["n"] // self.manifest["shard"]))]
+
+    def texts(self, problem: int, samples: Sequence[int]) -> list[str]:
+        """Return the texts of these samples of a problem; only the shards that hold them are read."""
+        size, paths = self.manifest["shard"], self.shards_of(problem)
+        shards = {i: self.read(paths[i], ["text"])["text"] for i in sorted({sample // size for sample in samples})}
+        return [shards[sample // size][sample % size].as_py() for sample in samples]
 
     def write(self, job: Job, samples: Samples) -> None:
         """Write a shard.

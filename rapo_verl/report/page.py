@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -42,8 +41,6 @@ def write_report(out_dir: str | os.PathLike[str], study: Study) -> Numbers:
     model_roles = {result.name: result.role for result in study.results}
     run_roles = {name: model_roles.get(name) or role_in(name) for name in study.histories}
     colours = plots.model_colours(model_roles | run_roles)
-    panels = [(label, scope) for label in study.sets for scope in study.scopes]
-    passk = plots.passk_figure(numbers, colours, panels)
     training = plots.training_figures(numbers, run_roles, colours)
     summary = {"verdict": verdict(numbers), **numbers.as_json()}
 
@@ -54,15 +51,14 @@ def write_report(out_dir: str | os.PathLike[str], study: Study) -> Numbers:
     write_atomic(out / "problems.csv", numbers.problems.astype({"hard": int}).to_csv(index=False))
     write_atomic(out / "differences.csv", numbers.differences.to_csv(index=False))
     write_atomic(out / "table.tex", latex(numbers))
-    for kind in ("png", "svg"):
-        write_atomic(out / f"passk.{kind}", plots.image(passk, kind))
+    plots.write_figure(plots.passk_figure(numbers, colours, list(study.parts)), out / "passk")
     if training:
         write_atomic(out / "training.png", plots.image(training[0], "png"))
     else:
         (out / "training.png").unlink(missing_ok=True)
     # Panels one by one, so that a phone shows them below each other.
-    single = [plots.passk_figure(numbers, colours, [panel]) for panel in panels]
-    write_atomic(out / "report.html", render_html(numbers, colours, single, training[1:]))
+    panels = [plots.passk_figure(numbers, colours, [part]) for part in study.parts]
+    write_atomic(out / "report.html", render_html(numbers, colours, panels, training[1:]))
     LOGGER.info("report written to %s", out / "report.html")
     return numbers
 
@@ -81,15 +77,16 @@ def render_html(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"prob": _prob, "signed": _signed, "figures": _significant, "share": _share}
     template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
-    study = numbers.study
-    longest = max((run["steps"] for run in numbers.training.values()), default=0)
-    runs = numbers.training.values()
+    study, runs = numbers.study, numbers.training.values()
+    longest = max((run["steps"] for run in runs), default=0)
+    # Problems as the matrix shows them: those that the base solves most often first.
+    order = sorted(range(len(study.base.ids)), key=lambda i: -study.base.correct[i])
     return template.render(
         s=study,
         numbers=numbers,
         at=numbers.by_key,
         verdict=verdict(numbers),
-        names=[result.name for result in study.results],
+        names=study.names,
         top=study.ks[-1],
         rates={result.name: rates(result) for result in study.results if result.responses},
         has_exact=bool(numbers.curves.exact.notna().any()),
@@ -99,8 +96,8 @@ def render_html(
         training=[_data_uri(figure) for figure in training],
         metrics=[m for m in TRAINING_METRICS if any(run["final"][m[0]] is not None for run in runs)],
         smoothing=plots.running_mean_width(longest) if longest >= plots.SMOOTH_FROM else 0,
-        problems=[rows for _, rows in _by_problem(numbers.problems)],
-        blocks=_blocks(study),
+        problems=[list(rows.itertuples()) for _, rows in numbers.problems.groupby("problem", sort=False)],
+        blocks=[order[i : i + BLOCK] for i in range(0, len(order), BLOCK)],
         groups=[(label, list(rows.itertuples())) for label, rows in numbers.groups.groupby("group", sort=False)],
         percent=f"{100 * study.level:g} %",
     )
@@ -110,21 +107,15 @@ def print_table(numbers: Numbers, console: Console | None = None) -> None:
     """Print the verdict and the headline table, Full and Hard, to a terminal (default: the standard output)."""
     study = numbers.study
     console = console or Console()
-    table = Table(
-        title=Text(study.title),
-        caption=Text(
-            f"{len(study.base.ids)} problems ({study.hard.sum()} Hard), n = {study.n}; low-high: "
-            f"{100 * study.level:g} % interval; = enumerated value"
-        ),
-    )
-    table.add_column("model")
-    table.add_column("set")
+    sizes = f"{len(study.base.ids)} problems ({study.hard.sum()} Hard), n = {study.n}"
+    caption = f"{sizes}; low-high: {100 * study.level:g} % interval; = enumerated value"
+    table = Table("model", "set", title=Text(study.title), caption=Text(caption))
     for k in study.headline_ks:
         table.add_column(f"pass@{k}", justify="right")
-    for scope in study.scopes:
-        for result in study.results:
-            cells = [Text(_cell(numbers.by_key.get(("all", scope, result.name, k)))) for k in study.headline_ks]
-            table.add_row(Text(result.name), scope.capitalize(), *cells)
+    for label, scope in study.parts:
+        for name in study.names if label == "all" else ():
+            cells = [Text(_cell(numbers.by_key.get((label, scope, name, k)))) for k in study.headline_ks]
+            table.add_row(Text(name), scope.capitalize(), *cells)
         table.add_section()
     console.print(Text(verdict(numbers)))
     console.print(table)
@@ -141,38 +132,24 @@ def _cell(row: Any) -> str:
 
 def latex(numbers: Numbers) -> str:
     """Return the headline table for a paper (booktabs): estimate and band in per cent, a part a scope and set."""
-    study = numbers.study
-    ks = study.headline_ks
+    study, ks = numbers.study, numbers.study.headline_ks
     lines = [
         f"% pass@k of n = {study.n} samples, per cent; {100 * study.level:g} % intervals",
         r"\begin{tabular}{l" + "r" * len(ks) + "}",
         r"\toprule",
         " & ".join(["", *(f"pass@{k}" for k in ks)]) + r" \\",
     ]
-    for label in [label for label in study.sets if label != "all"] or ["all"]:
-        for scope in study.scopes:
-            size = numbers.by_key[label, scope, study.base.name, 0].problems
-            if not size:
-                continue
-            words = f"{'' if label == 'all' else label} {scope.capitalize()}, {size} problems".strip()
-            lines += [r"\midrule", rf"\multicolumn{{{len(ks) + 1}}}{{l}}{{{words.translate(_LATEX)}}} \\"]
-            for result in study.results:
-                rows = [numbers.by_key[label, scope, result.name, k] for k in ks]
-                cells = [
-                    rf"{100 * r.pass_at_k:.1f} {{\scriptsize [{100 * r.low:.1f}, {100 * r.high:.1f}]}}" for r in rows
-                ]
-                lines.append(" & ".join([result.name.translate(_LATEX), *cells]) + r" \\")
+    for label, scope in study.parts:
+        size = numbers.by_key[label, scope, study.base.name, 0].problems
+        if not size or (label == "all" and len(study.sets) > 1):
+            continue
+        words = f"{'' if label == 'all' else label} {scope.capitalize()}, {size} problems".strip()
+        lines += [r"\midrule", rf"\multicolumn{{{len(ks) + 1}}}{{l}}{{{words.translate(_LATEX)}}} \\"]
+        for name in study.names:
+            rows = [numbers.by_key[label, scope, name, k] for k in ks]
+            cells = [rf"{100 * r.pass_at_k:.1f} {{\scriptsize [{100 * r.low:.1f}, {100 * r.high:.1f}]}}" for r in rows]
+            lines.append(" & ".join([name.translate(_LATEX), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def _by_problem(table: pd.DataFrame) -> list[tuple[str, list[Any]]]:
-    return [(str(name), list(rows.itertuples())) for name, rows in table.groupby("problem", sort=False)]
-
-
-def _blocks(study: Study) -> list[list[int]]:
-    """Return the problems as the matrix shows them: those that the base solves most often first, BLOCK a line."""
-    order = sorted(range(len(study.base.ids)), key=lambda i: -study.base.correct[i])
-    return [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)]
 
 
 def _data_uri(figure: Figure) -> str:

@@ -1,19 +1,17 @@
 """What responses look like: counts of verdicts, majority, guess, lengths; and the few texts behind each count."""
 
-import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pandas as pd
 from numpy.typing import NDArray
 
+from rapo_verl import Refused
 from rapo_verl.evaluation.score import score_path
-from rapo_verl.evaluation.spec import PlanError
 from rapo_verl.evaluation.store import ShardError, Store, read_stated, read_table
 from rapo_verl.method.passk import default_ks
 from rapo_verl.reward import Verdict
@@ -33,27 +31,18 @@ MIN_CHARACTERS, MAX_CHARACTERS = 300, 6000
 
 @dataclass(frozen=True)
 class Responses:
-    """What the responses of one draw look like; arrays are over its P problems.
+    """What the responses of one draw of n samples look like.
 
     Attributes:
-        verdicts: samples of each verdict, (P,) each.
-        truncated: samples cut off at max_tokens, (P,).
-        repeated: long samples that stand in more than one shard, (P,).
-        length_mean: tokens, over all samples; likewise the right and the wrong ones (nan: none) and the percentiles.
+        problems: a row a problem: samples of each verdict, "truncated" at max_tokens, long ones "repeated" in another
+            shard; and "guess", the share of the model's answers to *other* problems that would be right here.
         majority: probability that the most frequent answer of k samples is right, (P, K) for `default_ks` of n.
-        guess: share of the model's answers to *other* problems that would be right here, (P,).
+        tokens: lengths over all samples: mean, median, 95 (the percentile), and means of right and wrong (nan: none).
     """
 
-    verdicts: dict[str, NDArray[np.int64]]
-    truncated: NDArray[np.int64]
-    repeated: NDArray[np.int64]
-    length_mean: float
-    length_right: float
-    length_wrong: float
-    length_median: float
-    length_95: float
+    problems: pd.DataFrame
     majority: NDArray[np.float64]
-    guess: NDArray[np.float64]
+    tokens: dict[str, float]
 
 
 def answer_key(text: str) -> str:
@@ -70,42 +59,34 @@ def answer_key(text: str) -> str:
 
 
 def read_responses(store: Store) -> Responses:
-    """Return what the responses of a judged folder look like, one problem in memory at a time.
-
-    Raises:
-        PlanError: a problem is not judged, or by another verifier than the first.
-    """
+    """Return what the responses of a judged folder look like; of all problems at once only numbers are in memory."""
     n, count = store.manifest["n"], len(store.problems)
     # Right answers as they are compared, and the problems that have each.
     places: dict[str, list[int]] = {}
     for i, problem in enumerate(store.problems):
         places.setdefault(answer_key(problem["gold"]), []).append(i)
-    verdicts = {verdict.value: np.zeros(count, dtype=np.int64) for verdict in Verdict}
-    truncated, repeated = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
-    majority = np.zeros((count, len(default_ks(n))))
     # Of each problem, how often the right answer of each problem was given.
     given = np.zeros((count, count), dtype=np.int32)
-    lengths = {right: Counter[int]() for right in (True, False)}
-    for i, (table, repeats) in enumerate(_tables(store)):
-        said = np.array(table["verdict"].to_pylist())
-        right = said == Verdict.correct.value
-        for verdict, counts in verdicts.items():
-            counts[i] = (said == verdict).sum()
-        truncated[i] = np.sum(np.array(table["finish_reason"].to_pylist()) == "length")
-        repeated[i] = repeats
-        tokens = table["tokens"].to_numpy()
-        for kind in lengths:
-            lengths[kind].update(tokens[right == kind].tolist())
-        votes = _votes(table["answer"].to_pylist())
-        for answer, times in Counter(votes).items():
-            given[i, places.get(answer or "", [])] = times
-        majority[i] = majority_at(_classes(votes, right), default_ks(n), seed=i)
-    others = np.maximum(count - 1, 1)
-    guess = (given.sum(axis=0) - given.diagonal()) / (others * n)
-    return Responses(verdicts, truncated, repeated, *_lengths(lengths), majority, guess)
+    rows, majority, tokens, rights = [], [], [], []
+    for i, (table, repeated) in enumerate(_tables(store)):
+        right = (table.verdict == Verdict.correct).to_numpy()
+        votes = table.answer.map({answer: answer_key(answer) for answer in table.answer.dropna().unique()})
+        for answer, times in votes.value_counts().items():
+            given[i, places.get(str(answer), [])] = times
+        # -1: no answer; 0: a right one; above: one number for each answer.
+        numbers, _ = pd.factorize(votes)
+        classes = np.where(right, 0, np.where(numbers < 0, -1, numbers + 1))
+        majority.append(majority_at(classes, default_ks(n), seed=i))
+        verdicts = {verdict.value: int((table.verdict == verdict).sum()) for verdict in Verdict}
+        rows.append({**verdicts, "truncated": int((table.finish_reason == "length").sum()), "repeated": repeated})
+        tokens.append(table.tokens.to_numpy())
+        rights.append(right)
+    problems = pd.DataFrame(rows)
+    problems["guess"] = (given.sum(axis=0) - given.diagonal()) / (max(count - 1, 1) * n)
+    return Responses(problems, np.stack(majority), _lengths(np.concatenate(tokens), np.concatenate(rights)))
 
 
-def _tables(store: Store) -> Iterator[tuple[pa.Table, int]]:
+def _tables(store: Store) -> Iterator[tuple[pd.DataFrame, int]]:
     """Yield each problem's verdicts, and how many of its long samples stand in two shards."""
     judge = None
     for problem in range(len(store.problems)):
@@ -113,27 +94,14 @@ def _tables(store: Store) -> Iterator[tuple[pa.Table, int]]:
         try:
             table, stated = read_table(path), read_stated(path)
         except ShardError as error:
-            raise PlanError(f"{error}; run `rapo eval score {store.folder}` first") from error
+            raise Refused(f"{error}; run `rapo eval score {store.folder}` first") from error
         if table.num_rows != store.manifest["n"]:
-            raise PlanError(f"{path} holds {table.num_rows} verdicts of {store.manifest['n']}; run `rapo eval score`")
+            raise Refused(f"{path} holds {table.num_rows} verdicts of {store.manifest['n']}; run `rapo eval score`")
         basis = {**stated["basis"], "samples": None}
         judge = judge or basis
         if judge != basis:
-            raise PlanError(f"{store.folder}: problems were judged by different verifiers; run `rapo eval score` again")
-        yield table, stated["repeated"]
-
-
-def _votes(answers: Sequence[str | None]) -> list[str | None]:
-    """Return each answer's key; equal texts are read once."""
-    normal = {answer: None if answer is None else answer_key(answer) for answer in set(answers)}
-    return [normal[answer] for answer in answers]
-
-
-def _classes(votes: Sequence[str | None], right: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return a number for each sample's answer, (n,): -1 none, 0 a right one, 1 and more the wrong ones as written."""
-    numbers: dict[str, int] = {}
-    wrong = [-1 if vote is None else numbers.setdefault(vote, len(numbers) + 1) for vote in votes]
-    return np.where(right, 0, wrong)
+            raise Refused(f"{store.folder}: problems were judged by different verifiers; run `rapo eval score` again")
+        yield table.to_pandas(), stated["repeated"]
 
 
 def majority_at(
@@ -163,17 +131,11 @@ def majority_at(
     return found
 
 
-def _lengths(lengths: dict[bool, Counter[int]]) -> tuple[float, float, float, float, float]:
-    """Return mean tokens of all, right and wrong samples, the median and the 95th percentile."""
-    both = lengths[True] + lengths[False]
-    means = [
-        sum(length * times for length, times in c.items()) / c.total() if c else math.nan
-        for c in (both, lengths[True], lengths[False])
-    ]
-    values = np.array(sorted(both))
-    share = np.cumsum([both[int(v)] for v in values]) / both.total()
-    median, high = (float(values[np.searchsorted(share, q)]) for q in (0.5, 0.95))
-    return means[0], means[1], means[2], median, high
+def _lengths(tokens: NDArray[np.int32], right: NDArray[np.bool_]) -> dict[str, float]:
+    median, high = np.quantile(tokens, (0.5, 0.95), method="inverted_cdf")
+    parts = {"mean": tokens, "right": tokens[right], "wrong": tokens[~right]}
+    means = {name: float(part.mean()) if len(part) else float("nan") for name, part in parts.items()}
+    return means | {"median": float(median), "95": float(high)}
 
 
 def samples_behind(store: Store, *, cells: int) -> list[list[dict[str, Any]]]:
@@ -184,17 +146,14 @@ def samples_behind(store: Store, *, cells: int) -> list[list[dict[str, Any]]]:
         cells: of the whole page, which decides where long texts are cut: their head and their end are kept.
     """
     limit = min(max(PAGE_CHARACTERS // (cells * (RIGHT + OTHER)), MIN_CHARACTERS), MAX_CHARACTERS)
-    return [_of_problem(store, problem, limit) for problem in range(len(store.problems))]
-
-
-def _of_problem(store: Store, problem: int, limit: int) -> list[dict[str, Any]]:
-    verdicts = read_table(score_path(store, problem), ["verdict"])["verdict"].to_numpy(zero_copy_only=False)
-    right = verdicts == Verdict.correct.value
-    chosen = [*np.flatnonzero(right)[:RIGHT].tolist(), *np.flatnonzero(~right)[:OTHER].tolist()]
-    size, paths = store.manifest["shard"], store.shards_of(problem)
-    texts = {shard: store.read(paths[shard], ["text"])["text"] for shard in sorted({i // size for i in chosen})}
-    rows = read_table(score_path(store, problem)).take(chosen).to_pylist()
-    return [row | {"text": _cut(texts[i // size][i % size].as_py(), limit)} for i, row in zip(chosen, rows)]
+    found = []
+    for problem in range(len(store.problems)):
+        table = read_table(score_path(store, problem))
+        right = np.array(table["verdict"].to_pylist()) == Verdict.correct
+        chosen = [*np.flatnonzero(right)[:RIGHT].tolist(), *np.flatnonzero(~right)[:OTHER].tolist()]
+        rows = zip(table.take(chosen).to_pylist(), store.texts(problem, chosen))
+        found.append([row | {"text": _cut(text, limit)} for row, text in rows])
+    return found
 
 
 def _cut(text: str, limit: int) -> str:

@@ -1,17 +1,16 @@
 """The numbers of a report as tidy tables: one row a set, scope, model and k. Pure functions of a study."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
 from rapo_verl.method import passk
-from rapo_verl.report.responses import Responses
 from rapo_verl.report.study import EvalResult, Study
 
 # verl's and our metric names, in the order in which a report shows them: key, words, unit.
@@ -24,14 +23,11 @@ TRAINING_METRICS = (
     ("response_length/mean", "Response length, mean", "tokens"),
     ("timing_s/step", "Time of a step", "s"),
 )
-
-
 # Columns of a curve.
 CURVES = ("pass_at_k", "low", "high", "exact", "majority_at_k", "guess_at_k")
 
 
-@dataclass(frozen=True)
-class Coverage:
+class Coverage(NamedTuple):
     """Ids of the problems that only one of two models solved, and the exact two-sided sign test on their numbers."""
 
     a: str
@@ -46,14 +42,12 @@ class Numbers:
     """Everything that a report says in numbers.
 
     Attributes:
-        study: What they are of.
         curves: set, scope, model, k, pass_at_k, low, high, exact, majority_at_k, guess_at_k; NaN where not known. Rows
             beyond n/2 hold enumerated values alone.
         sizes: set, scope, model, problems, solved; a scope may hold no problem.
         differences: set, scope, a, b, k, difference, low, high, paired.
         problems: set, problem, group, hard, model, correct, n, low, high (Clopper-Pearson).
         groups: group, problems, hard, model, pass_at_1, pass_at_top, solved, solved_hard.
-        coverage: of each pair.
     """
 
     study: Study
@@ -79,13 +73,10 @@ class Numbers:
     @cached_property
     def histogram(self) -> dict[str, list[int]]:
         """How many problems each model solved never, in (0, 10] %, ..., (90, 100) %, and always."""
-        found = {}
-        for result in self.study.results:
-            rate = np.asarray(result.correct) / result.n
-            bins = np.ceil(rate[(rate > 0) & (rate < 1)] * 10).astype(int) - 1
-            inner = np.bincount(bins, minlength=10).tolist()
-            found[result.name] = [int((rate == 0).sum()), *inner, int((rate == 1).sum())]
-        return found
+        # In whole samples, for 7 of 70 must not be 0.1 and a rounding.
+        place = -(-10 * self.problems.correct // self.problems.n) + (self.problems.correct == self.problems.n)
+        table = pd.crosstab(self.problems.model, place).reindex(columns=range(12), fill_value=0)
+        return {name: table.loc[name].tolist() for name in self.study.names}
 
     @cached_property
     def hard_bound(self) -> float:
@@ -95,96 +86,91 @@ class Numbers:
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of summary.json; what is not known is null."""
-        study, chosen = self.study, self.study.hard_choice
-        weights = study.hard_weights
-        tables = ("curves", "sizes", "differences", "problems", "groups")
+        study, chosen, weights = self.study, self.study.hard_choice, self.study.hard_weights
+        hard = chosen and {
+            "n": chosen.n,
+            "draw": chosen.draw,
+            "ids": [i for i, hard in zip(chosen.ids, study.hard) if hard],
+            "same_draw": study.same_draw,
+            "expected_size": None if weights is None else float(weights.sum()),
+            "upper_bound": self.hard_bound,
+        }
+        tables = {name: getattr(self, name) for name in ("curves", "sizes", "differences", "problems", "groups")}
         return {
             "title": study.title,
             "n": study.n,
             "ks": study.ks,
             "headline_ks": study.headline_ks,
-            "bootstrap": {"level": study.level, "draws": study.draws, "seed": study.seed},
+            "bootstrap": study.intervals,
             "base": study.base.name,
-            "hard": {
-                "n": chosen.n,
-                "draw": chosen.draw,
-                "ids": [i for i, hard in zip(chosen.ids, study.hard) if hard],
-                "same_draw": study.same_draw,
-                "expected_size": None if weights is None else float(weights.sum()),
-                "upper_bound": self.hard_bound,
-            }
-            if chosen
-            else None,
+            "hard": hard,
             "sampled_differently": study.sampled_differently,
             "models": [
                 {"name": r.name, "role": r.role, "draw": r.draw, **r.protocol, **r.meta, "responses": rates(r)}
                 for r in study.results
             ],
-            **{name: [_plain(row) for row in getattr(self, name).to_dict("records")] for name in tables},
-            "coverage": [vars(one) for one in self.coverage],
+            **{
+                name: table.astype(object).where(table.notna(), None).to_dict("records")
+                for name, table in tables.items()
+            },
+            "coverage": [one._asdict() for one in self.coverage],
             "histogram": self.histogram,
             "training": self.training,
             "settings": dict(study.settings),
         }
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-
-
 def compute(study: Study) -> Numbers:
     """Return the numbers of a study."""
     curves, sizes, differences = [], [], []
-    options: dict[str, Any] = {"level": study.level, "draws": study.draws, "seed": study.seed}
-    for label, members in study.sets.items():
-        for scope in study.scopes:
-            mask = members & (study.hard if scope == "hard" else True)
-            known = study.hard_weights if scope == "hard" else np.ones(len(mask))
-            weights = None if known is None else members * known
-            place = {"set": label, "scope": scope}
-            for result in study.results:
-                solved = int((np.asarray(result.correct)[mask] > 0).sum())
-                sizes.append({**place, "model": result.name, "problems": int(mask.sum()), "solved": solved})
-                curves.append(
-                    pd.DataFrame({**place, "model": result.name, **_curve(study, result, mask, weights, options)})
-                )
-            for a, b in study.pairs if mask.any() else ():
-                first, second = (np.asarray(r.correct)[mask] for r in (a, b))
-                band = passk.paired_difference(first, second, study.n, study.ks, **options)
-                values = {"k": study.ks, "difference": band.mean, "low": band.low, "high": band.high}
-                differences.append(pd.DataFrame({**place, "a": a.name, "b": b.name, **values}))
+    for (label, scope), mask in study.parts.items():
+        place = {"set": label, "scope": scope}
+        for result in study.results:
+            counts = np.asarray(result.correct)[mask]
+            sizes.append(place | {"model": result.name, "problems": len(counts), "solved": int((counts > 0).sum())})
+            curves.append(_curve(study, result, mask, _weights(study, label, scope)).assign(**place, model=result.name))
+        for a, b in study.pairs if mask.any() else ():
+            first, second = (np.asarray(r.correct)[mask] for r in (a, b))
+            band = passk.paired_difference(first, second, study.n, study.ks, **study.intervals)
+            values = {"k": study.ks, "difference": band.mean, "low": band.low, "high": band.high}
+            differences.append(pd.DataFrame(place | {"a": a.name, "b": b.name} | values))
     empty = pd.DataFrame(columns=["set", "scope", "a", "b", "k", "difference", "low", "high"])
+    problems = _problems(study)
     return Numbers(
         study,
-        pd.concat(curves, ignore_index=True),
+        pd.concat(curves, ignore_index=True)[["set", "scope", "model", "k", *CURVES]],
         pd.DataFrame(sizes),
         pd.concat(differences, ignore_index=True) if differences else empty,
-        _problems(study),
-        _groups(study),
+        problems,
+        _groups(problems, study.ks[-1]),
         [_coverage(a, b) for a, b in study.pairs],
     )
 
 
-def _curve(
-    study: Study, result: EvalResult, mask: np.ndarray, weights: np.ndarray | None, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the columns of one curve; exact ones weigh problems, for on Hard each is there by chance."""
-    known = result.exact is not None and weights is not None and weights.sum() > 0
-    ks = study.exact_ks if known else study.ks if mask.any() else []
-    columns = {name: np.full(len(ks), np.nan) for name in CURVES}
-    sampled = slice(0, len(study.ks))
+def _weights(study: Study, label: str, scope: str) -> np.ndarray:
+    """Return what each problem counts in an enumerated value: on Hard, its chance of being there; 0 if not known."""
+    known = study.hard_weights if scope == "hard" else 1.0
+    return study.sets[label] * (0.0 if known is None else known)
+
+
+def _curve(study: Study, result: EvalResult, mask: np.ndarray, weights: np.ndarray) -> pd.DataFrame:
+    """Return one curve, a row a k; what is not known at a k is NaN."""
+    columns = {name: pd.Series(dtype=float) for name in CURVES}
+
+    def sampled(values: Iterable[float]) -> pd.Series:
+        return pd.Series(values, study.ks)
+
     if mask.any():
-        band = passk.mean_band(np.asarray(result.correct)[mask], study.n, study.ks, **options)
-        for name, values in (("pass_at_k", band.mean), ("low", band.low), ("high", band.high)):
-            columns[name][sampled] = values
+        band = passk.mean_band(np.asarray(result.correct)[mask], study.n, study.ks, **study.intervals)
+        columns |= {"pass_at_k": sampled(band.mean), "low": sampled(band.low), "high": sampled(band.high)}
         if result.responses is not None:
-            columns["majority_at_k"][sampled] = result.responses.majority[mask].mean(axis=0)
-            guess = result.responses.guess[mask]
-            columns["guess_at_k"][sampled] = [passk.exact_pass_at_k(guess, k).mean() for k in study.ks]
-    if known:
-        share = weights / weights.sum()  # type: ignore[operator, union-attr]
-        columns["exact"][:] = [share @ passk.exact_pass_at_k(result.exact, k) for k in ks]  # type: ignore[arg-type]
-    return {"k": np.array(ks, dtype=int), **columns}
+            guess = result.responses.problems["guess"].to_numpy()[mask]
+            columns["majority_at_k"] = sampled(result.responses.majority[mask].mean(axis=0))
+            columns["guess_at_k"] = sampled([passk.exact_pass_at_k(guess, k).mean() for k in study.ks])
+    if result.exact is not None and weights.any():
+        share, ks = weights / weights.sum(), study.exact_ks
+        columns["exact"] = pd.Series([share @ passk.exact_pass_at_k(result.exact, k) for k in ks], ks)
+    return pd.DataFrame(columns).rename_axis("k").reset_index()
 
 
 def _coverage(a: EvalResult, b: EvalResult) -> Coverage:
@@ -201,47 +187,34 @@ def sign_test(only_a: int, only_b: int) -> float:
 
 def _problems(study: Study) -> pd.DataFrame:
     """Return each problem with every model's right samples and interval, those of one problem adjacent."""
-    base = study.base
-    place = {
-        "set": base.sources or ("all",) * len(base.ids),
-        "problem": base.ids,
-        "group": base.groups,
-        "hard": study.hard,
-    }
-    frames = []
+    base, frames = study.base, []
+    place = {"set": base.sources or "all", "problem": base.ids, "group": base.groups, "hard": study.hard}
     for r in study.results:
         low, high = passk.clopper_pearson(r.correct, r.n, level=study.level)
         values = {"model": r.name, "correct": r.correct, "n": r.n, "low": low, "high": high}
-        frames.append(pd.DataFrame({**place, **values}))
+        frames.append(pd.DataFrame(place | values))
     return pd.concat(frames).sort_index(kind="stable").reset_index(drop=True)
 
 
-def _groups(study: Study) -> pd.DataFrame:
+def _groups(problems: pd.DataFrame, top: int) -> pd.DataFrame:
     rows = []
-    labels = np.asarray(study.base.groups)
-    for label in dict.fromkeys(study.base.groups):
-        mask = labels == label
-        for r in study.results:
-            counts = np.asarray(r.correct)[mask]
-            first, last = passk.pass_at_k_curve(counts, r.n, (1, study.ks[-1]))
-            row = {"group": label, "problems": int(mask.sum()), "hard": int((mask & study.hard).sum()), "model": r.name}
-            row |= {"pass_at_1": float(first), "pass_at_top": float(last), "solved": int((counts > 0).sum())}
-            rows.append(row | {"solved_hard": int((counts[study.hard[mask]] > 0).sum())})
+    for (group, model), part in problems.groupby(["group", "model"], sort=False):
+        first, last = passk.pass_at_k_curve(part.correct, part.n, (1, top))
+        row = {"group": group, "problems": len(part), "hard": int(part.hard.sum()), "model": model}
+        row |= {"pass_at_1": float(first), "pass_at_top": float(last), "solved": int((part.correct > 0).sum())}
+        rows.append(row | {"solved_hard": int((part.correct[part.hard] > 0).sum())})
     return pd.DataFrame(rows)
 
 
 def rates(result: EvalResult) -> dict[str, Any] | None:
     """Return shares over all samples, and lengths in tokens (None: there is no such sample); None if not known."""
-    found: Responses | None = result.responses
-    if found is None:
+    if result.responses is None:
         return None
-    samples = result.n * len(found.truncated)
-    lengths = {name: getattr(found, f"length_{name}") for name in ("mean", "median", "95", "right", "wrong")}
+    counts = result.responses.problems.drop(columns="guess").sum()
     return {
-        **{name: int(counts.sum()) / samples for name, counts in found.verdicts.items()},
-        "truncated": int(found.truncated.sum()) / samples,
-        "repeated": int(found.repeated.sum()),
-        "tokens": {name: None if math.isnan(value) else value for name, value in lengths.items()},
+        **(counts.drop("repeated") / (result.n * len(result.ids))).to_dict(),
+        "repeated": int(counts.repeated),
+        "tokens": {name: None if math.isnan(value) else value for name, value in result.responses.tokens.items()},
     }
 
 

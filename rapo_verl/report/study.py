@@ -22,22 +22,17 @@ EXACT_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class EvalResult:
-    """How often one model solved each problem.
+    """How often one model solved each of P problems.
 
     Attributes:
-        name: The model, as reports show it.
-        n: Samples a problem.
-        ids: The P problem ids, all different.
-        groups: The kind of each problem (P,), for example a family.
-        correct: Right samples of each problem (P,), each in 0..n.
+        correct: Right samples of each problem, of n.
         draw: Which draw of the model; two results with one draw may be the same samples.
-        exact: Enumerated success probability of each problem (P,), where it can be had.
-        sources: The set that each problem comes from (P,); empty where there is only one.
-        asked: Question and right answer of each problem (P,); empty where they are not known.
+        exact: Enumerated success probability of each problem, where it can be had.
+        sources: The set that each problem comes from; empty where there is only one.
+        asked: Question and right answer of each problem; empty where they are not known.
         role: "base", "grpo", "rapo" or "other"; empty: the first of these words in the name.
         protocol: What must be equal for a comparison of models: temperature, top-p, max tokens, system prompt.
         meta: What else is known of its making: model, its sha256, data, date.
-        responses: What its responses look like, where that is known.
     """
 
     name: str
@@ -56,20 +51,18 @@ class EvalResult:
 
     def __post_init__(self) -> None:
         """Raise Refused with every fault at once, and tell the role from the name where none is given."""
-        columns = {key: getattr(self, key) for key in ("groups", "correct", "exact", "sources")}
-        faults = [
-            f"{key} has {len(values)} entries, ids {len(self.ids)}"
-            for key, values in columns.items()
-            if values and len(values) != len(self.ids)
+        columns = {key: getattr(self, key) or () for key in ("groups", "correct", "exact", "sources")}
+        size = len(self.ids)
+        checks = [
+            (self.n >= 1 and size >= 1, f"n is {self.n} and there are {size} problems; allowed: at least 1"),
+            (len(set(self.ids)) == size, f"ids must differ; got {size} with {len(set(self.ids))} different"),
+            *((len(v) in (0, size), f"{key} has {len(v)} entries, ids {size}") for key, v in columns.items()),
+            *((0 <= c <= self.n, f"correct has {c}; allowed: 0..{self.n}") for c in self.correct),
+            *((0 <= p <= 1, f"exact has {p}; allowed: 0..1") for p in self.exact or ()),
         ]
-        if self.n < 1 or not self.ids:
-            faults.append(f"n is {self.n} and there are {len(self.ids)} problems; allowed: at least 1")
-        if len(set(self.ids)) < len(self.ids):
-            faults.append(f"ids must differ; got {len(self.ids)} with {len(set(self.ids))} different")
-        faults += [f"correct has {c}; allowed: 0..{self.n}" for c in self.correct if not 0 <= c <= self.n][:1]
-        faults += [f"exact has {p}; allowed: 0..1" for p in self.exact or () if not 0 <= p <= 1][:1]
+        faults = dict.fromkeys(fault for ok, fault in checks if not ok)
         if faults:
-            raise Refused(f"result {self.name!r}: " + "; ".join(faults))
+            raise Refused([f"result {self.name!r}: {fault}" for fault in faults])
         role = role_in(self.name) if not self.role else self.role if self.role in ROLES else "other"
         object.__setattr__(self, "role", role)
 
@@ -81,23 +74,17 @@ def role_in(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What one report is about; made only if its results may stand in one table.
+    """What one report is about; Refused, with every fault at once, unless its results may stand in one table.
 
     Attributes:
         results: One a model, on the same problems with the same n. All are scored, the base too.
         hard_choice: Another draw of the base, by the base's name. It chooses Hard and scores nothing. None: no Hard.
-        title: Heading of the page.
         settings: What was run, in the order to show: configuration, commit, versions, seeds, commands.
         histories: Of each training run its metric dicts, one a step, with the key "step".
         samples: Of each problem "question", "gold" and "models": name to samples (`responses.samples_behind`).
         force_same_draw: Let a scored draw choose Hard; figure and page then say so.
         force: Compare models that were sampled differently; the page then says so.
-        level: Content of bands and intervals.
-        draws: Draws of an interval.
-        seed: Seed of the intervals.
-
-    Raises:
-        Refused: With every fault at once.
+        level: Content of bands and intervals, of `draws` draws each.
     """
 
     results: tuple[EvalResult, ...]
@@ -117,35 +104,40 @@ class Study:
         if not self.results:
             raise Refused("a study needs at least one result; got none")
         faults = _different_problems([*self.results, *([self.hard_choice] if self.hard_choice else [])])
-        names = [result.name for result in self.results]
-        if len(set(names)) < len(names):
-            faults.append(f"names must differ; got {names}")
+        if len(set(self.names)) < len(self.names):
+            faults.append(f"names must differ; got {self.names}")
         made = [result.meta["manifest_sha256"] for result in self.results if "manifest_sha256" in result.meta]
         if len(set(made)) < len(made):
-            faults.append(f"two of {names} are one evaluation: the same model, problems and draw; give it once")
+            faults.append(f"two of {self.names} are one evaluation: the same model, problems and draw; give it once")
         sizes = {result.name: result.n for result in self.results}
         if len(set(sizes.values())) > 1:
             faults.append(f"n must be the same; got {sizes}")
         if self.sampled_differently and not self.force:
             faults += [*self.sampled_differently, "sample them alike, or give --force, and the report says so"]
-        faults += _hard_faults(self) if self.hard_choice else []
-        faults += [f'training {name!r}: every record needs the key "step"' for name, history in self.histories.items()
-                   if any("step" not in record for record in history)]  # fmt: skip
+        faults += _hard_faults(self)
+        for name, history in self.histories.items():
+            if any("step" not in record for record in history):
+                faults.append(f'training {name!r}: every record needs the key "step"')
         if faults:
             raise Refused(faults)
 
     @cached_property
     def sampled_differently(self) -> list[str]:
         """What differs in how the results, and the draw that chose Hard, were sampled: a line each."""
-        known = [r for r in (*self.results, self.hard_choice) if r is not None and r.protocol]
-        keys = dict.fromkeys(key for result in known for key in result.protocol)
-        values = {key: {r.name: r.protocol.get(key) for r in known} for key in keys}
-        if self.hard_choice in known:
-            for key, named in values.items():
-                named[f"{self.hard_choice.name}, Hard"] = self.hard_choice.protocol.get(key)  # type: ignore[union-attr]
-                named[self.hard_choice.name] = self.base.protocol.get(key)  # type: ignore[union-attr]
-        differ = {key: named for key, named in values.items() if len(set(map(str, named.values()))) > 1}
-        return [f"{key} differs: " + ", ".join(f"{v} for {name}" for name, v in d.items()) for key, d in differ.items()]
+        said = [(result.name, result.protocol) for result in self.results if result.protocol]
+        if self.hard_choice and self.hard_choice.protocol:
+            said.append((f"{self.hard_choice.name}, Hard", self.hard_choice.protocol))
+        keys = dict.fromkeys(key for _, protocol in said for key in protocol)
+        return [
+            f"{key} differs: " + ", ".join(f"{protocol.get(key)} for {name}" for name, protocol in said)
+            for key in keys
+            if len({str(protocol.get(key)) for _, protocol in said}) > 1
+        ]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of the models."""
+        return [result.name for result in self.results]
 
     @cached_property
     def n(self) -> int:
@@ -166,6 +158,11 @@ class Study:
     def headline_ks(self) -> list[int]:
         """The few k of the tables."""
         return sorted({k for k in HEADLINE_KS if k < self.ks[-1]} | {self.ks[-1]})
+
+    @cached_property
+    def intervals(self) -> dict[str, Any]:
+        """How every band and interval is drawn: the options of `rapo_verl.method.passk`."""
+        return {"level": self.level, "draws": self.draws, "seed": self.seed}
 
     @cached_property
     def base(self) -> EvalResult:
@@ -204,9 +201,10 @@ class Study:
         return {"all": np.ones(len(self.base.ids), dtype=bool), **parts}
 
     @cached_property
-    def scopes(self) -> tuple[str, ...]:
-        """Full, and Hard where a draw chose it."""
-        return ("full", "hard") if self.hard_choice else ("full",)
+    def parts(self) -> dict[tuple[str, str], NDArray[np.bool_]]:
+        """Which problems are in each (set, scope): of every set Full, and Hard where a draw chose it."""
+        scopes = {"full": ~np.zeros_like(self.hard)} | ({"hard": self.hard} if self.hard_choice else {})
+        return {(s, scope): members & mask for s, members in self.sets.items() for scope, mask in scopes.items()}
 
     @cached_property
     def pairs(self) -> list[tuple[EvalResult, EvalResult]]:
@@ -235,8 +233,9 @@ def _different_problems(results: Sequence[EvalResult]) -> list[str]:
 
 def _hard_faults(study: Study) -> list[str]:
     chosen, faults = study.hard_choice, []
-    assert chosen is not None
-    if chosen.name not in [r.name for r in study.results]:
+    if chosen is None:
+        return []
+    if chosen.name not in study.names:
         faults.append(f"Hard is chosen on a draw of {chosen.name!r}, which must be among the results")
     for r in study.results:
         if _shares_draw(r, chosen) and not study.force_same_draw:

@@ -1,7 +1,5 @@
 """What a report says first: one plain sentence."""
 
-from collections.abc import Mapping
-
 from rapo_verl.method import passk
 from rapo_verl.report.statistics import Numbers
 from rapo_verl.report.study import Study
@@ -27,7 +25,7 @@ def verdict(numbers: Numbers) -> str:
     first, last = (max(curves, key=lambda name: curves[name][i]) for i in (0, -1))
     if first == last:
         rival = max((name for name in curves if name != last), key=lambda name: curves[name][-1])
-        return f"{_ahead(study, curves, last, rival)}."
+        return f"{_ahead(study, last, rival)}."
     crossing = max(i for i, _ in enumerate(ks) if curves[first][i] >= curves[last][i])
     return (
         f"At {_one(study, first, last, 0)}, at {_one(study, last, first, -1)}; their curves cross between "
@@ -37,9 +35,7 @@ def verdict(numbers: Numbers) -> str:
 
 def _difference(study: Study, a: str, b: str) -> passk.Band:
     counts = {r.name: r.correct for r in study.results}
-    return passk.paired_difference(
-        counts[a], counts[b], study.n, study.ks, level=study.level, draws=study.draws, seed=study.seed
-    )
+    return passk.paired_difference(counts[a], counts[b], study.n, study.ks, **study.intervals)
 
 
 def _one(study: Study, a: str, b: str, i: int) -> str:
@@ -48,7 +44,7 @@ def _one(study: Study, a: str, b: str, i: int) -> str:
     return f"k = {study.ks[i]} {a} is ahead of {b} by {band.mean[i]:.3f} ({significant})"
 
 
-def _ahead(study: Study, curves: Mapping[str, list[float]], a: str, b: str) -> str:
+def _ahead(study: Study, a: str, b: str) -> str:
     band = _difference(study, a, b)
     if not band.mean.any():
         return f"{a} and {b} have the same pass@k at every k"

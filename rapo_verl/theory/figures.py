@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.special import softmax
 
-from rapo_verl.report.figures import STYLE, image
+from rapo_verl.report.figures import styled, write_figure
 from rapo_verl.run.files import write_atomic
 from rapo_verl.theory.estimator_table import ROWS, make_pair, quality, table
 from rapo_verl.theory.optimum import FloatArray, forward_kl_optimum, rapo_optimum, reverse_kl_optimum
@@ -54,26 +53,22 @@ def panels() -> dict[str, tuple[FloatArray, FloatArray]]:
     }
 
 
+@styled
 def landscape_figure() -> Figure:
     """Return Figure 1: what each objective's optimum makes of a rewarded region outside the reference's support."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.4, 5.4), layout="constrained")
-        step = GRID[1] - GRID[0]
-        for axis, (title, (reference, policy)) in zip(figure.subplots(2, 2, sharex=True).ravel(), panels().items()):
-            for interval in (INSIDE, OUTSIDE):
-                axis.axvspan(
-                    *interval, color=REWARD, alpha=0.16, lw=0, label="reward 1" if interval is INSIDE else None
-                )
-            axis.fill_between(GRID, reference / step, color=REFERENCE, alpha=0.28, lw=0, label="reference of the KL")
-            axis.plot(GRID, policy / step, color=POLICY, lw=1.6, label="optimal policy")
-            axis.set_title(title)
-            mass = ", ".join(f"{policy[_within(i)].sum():.3f}" for i in (INSIDE, OUTSIDE))
-            axis.text(
-                0.99, 0.94, f"mass on the rewarded regions: {mass}", transform=axis.transAxes, ha="right", fontsize=8
-            )
-            axis.set_ylim(0, 1.22 * max(policy.max(), reference.max()) / step)
-            axis.set_yticks([])
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure = Figure(figsize=(9.4, 5.4), layout="constrained")
+    step = GRID[1] - GRID[0]
+    for axis, (title, (reference, policy)) in zip(figure.subplots(2, 2, sharex=True).ravel(), panels().items()):
+        for interval in (INSIDE, OUTSIDE):
+            axis.axvspan(*interval, color=REWARD, alpha=0.16, lw=0, label="reward 1" if interval is INSIDE else None)
+        axis.fill_between(GRID, reference / step, color=REFERENCE, alpha=0.28, lw=0, label="reference of the KL")
+        axis.plot(GRID, policy / step, color=POLICY, lw=1.6, label="optimal policy")
+        axis.set_title(title)
+        mass = ", ".join(f"{policy[_within(i)].sum():.3f}" for i in (INSIDE, OUTSIDE))
+        axis.text(0.99, 0.94, f"mass on the rewarded regions: {mass}", transform=axis.transAxes, ha="right", fontsize=8)
+        axis.set_ylim(0, 1.22 * max(policy.max(), reference.max()) / step)
+        axis.set_yticks([])
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -98,54 +93,52 @@ def descend(reward: FloatArray, reference: FloatArray, *, steps: int = 3000, rat
     return policy
 
 
+@styled
 def descent_figure() -> tuple[Figure, float]:
     """Return Figure 2, gradient descent against the closed form, and their distance in total variation."""
     reward, reference = items()
     optimum, found = rapo_optimum(reward, reference, alpha=ALPHA, beta=BETA).policy, descend(reward, reference)
     distance = float(0.5 * np.abs(optimum - found).sum())
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.4, 3.8), layout="constrained")
-        axis = figure.subplots()
-        places = np.arange(ITEMS)
-        axis.bar(places, reference, color=REFERENCE, alpha=0.4, width=0.8, label="reference")
-        axis.plot(places, optimum, "o", ms=8, mfc="none", mec=POLICY, mew=1.6, label="closed form (Proposition 3.3)")
-        axis.plot(places, found, "k+", ms=7, label="gradient ascent (exponentiated)")
-        axis.axvspan(ITEMS - EMPTY - 0.5, ITEMS - 0.5, color="#56b4e9", alpha=0.14, lw=0, label="reference is zero")
-        for place in places[reward > 0]:
-            axis.annotate(
-                "r = 1", (place, optimum[place]), (0, 9), textcoords="offset points", ha="center", fontsize=7.5
-            )
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")  # the style has no mathematics, which the default would be
-        axis.set_ylim(top=1)
-        axis.set_ylabel("probability")
-        axis.set_xlabel("item")
-        axis.set_title(f"RAPO's optimum, alpha = {ALPHA}, beta = {BETA}: total variation {distance:.1e}")
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure = Figure(figsize=(9.4, 3.8), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(ITEMS)
+    axis.bar(places, reference, color=REFERENCE, alpha=0.4, width=0.8, label="reference")
+    axis.plot(places, optimum, "o", ms=8, mfc="none", mec=POLICY, mew=1.6, label="closed form (Proposition 3.3)")
+    axis.plot(places, found, "k+", ms=7, label="gradient ascent (exponentiated)")
+    axis.axvspan(ITEMS - EMPTY - 0.5, ITEMS - 0.5, color="#56b4e9", alpha=0.14, lw=0, label="reference is zero")
+    for place in places[reward > 0]:
+        axis.annotate("r = 1", (place, optimum[place]), (0, 9), textcoords="offset points", ha="center", fontsize=7.5)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")  # the style has no mathematics, which the default would be
+    axis.set_ylim(top=1)
+    axis.set_ylabel("probability")
+    axis.set_xlabel("item")
+    axis.set_title(f"RAPO's optimum, alpha = {ALPHA}, beta = {BETA}: total variation {distance:.1e}")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure, distance
 
 
+@styled
 def estimator_figure() -> Figure:
     """Return bias (error to the forward KL's gradient) and variance of each estimator over KL(ref ‖ pi)."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.4, 4.2), layout="constrained")
-        axes = figure.subplots(1, 2)
-        pairs = [make_pair(float(distance), off_policy=False) for distance in DISTANCES]
-        kl = [float((x.log_ref.exp() * (x.log_ref - torch.log_softmax(x.logits, -1))).sum()) for x in pairs]
-        for number, (name, colour) in enumerate(ESTIMATOR_COLOURS.items()):
-            found = [quality(name, pair) for pair in pairs]
-            for axis, values in zip(axes, ([x.forward for x in found], [x.variance for x in found])):
-                # Rounding of an exact zero is not an error.
-                shown = np.where(np.array(values) > 1e-9, values, np.nan)
-                axis.plot(kl, shown, "o-", ms=2.5, lw=3.2 - 0.28 * number, color=colour, label=name)
-        for axis, words in zip(
-            axes, ("error to the forward KL's gradient (0: not drawn)", "variance of one token's gradient")
-        ):
-            axis.set(xscale="log", yscale="log", xlabel="KL(ref ‖ pi), nats")
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.set_title(words)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ROWS))
+    figure = Figure(figsize=(9.4, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    pairs = [make_pair(float(distance), off_policy=False) for distance in DISTANCES]
+    kl = [float((x.log_ref.exp() * (x.log_ref - torch.log_softmax(x.logits, -1))).sum()) for x in pairs]
+    for number, (name, colour) in enumerate(ESTIMATOR_COLOURS.items()):
+        found = [quality(name, pair) for pair in pairs]
+        for axis, values in zip(axes, ([x.forward for x in found], [x.variance for x in found])):
+            # Rounding of an exact zero is not an error.
+            shown = np.where(np.array(values) > 1e-9, values, np.nan)
+            axis.plot(kl, shown, "o-", ms=2.5, lw=3.2 - 0.28 * number, color=colour, label=name)
+    for axis, words in zip(
+        axes, ("error to the forward KL's gradient (0: not drawn)", "variance of one token's gradient")
+    ):
+        axis.set(xscale="log", yscale="log", xlabel="KL(ref ‖ pi), nats")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_title(words)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ROWS))
     return figure
 
 
@@ -162,10 +155,6 @@ def write_figures(images: Path, page: Path) -> list[Path]:
     images.mkdir(parents=True, exist_ok=True)
     page.parent.mkdir(parents=True, exist_ok=True)
     figures = {"figure1": landscape_figure(), "figure2": descent_figure()[0], "estimators": estimator_figure()}
-    written = []
-    for name, figure in figures.items():
-        for kind in ("png", "svg"):
-            written.append(images / f"{name}.{kind}")
-            write_atomic(written[-1], image(figure, kind))
+    written = [file for name, figure in figures.items() for file in write_figure(figure, images / name)]
     write_atomic(page, table())
     return [*written, page]

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -18,9 +17,9 @@ from rich.table import Table
 
 from rapo_verl import Refused
 from rapo_verl.data.chat import render
-from rapo_verl.data.sources import DataError, read_records
+from rapo_verl.data.sources import read_records
 from rapo_verl.method.reweighting import nucleus
-from rapo_verl.report.figures import STYLE, image
+from rapo_verl.report.figures import styled, write_figure
 from rapo_verl.run.files import write_atomic
 
 PHIS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3)
@@ -56,9 +55,6 @@ def measure(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: floa
         temperature: of the rollout.
         top_k: tokens that `outside` leaves out, and the nucleus's largest size.
         top_p: of the nucleus.
-
-    Raises:
-        Refused: top_k above the vocabulary.
     """
     if not 1 <= top_k <= logits.shape[1]:
         raise Refused(f"top_k is {top_k}; allowed: 1 to the vocabulary's {logits.shape[1]} tokens")
@@ -136,7 +132,7 @@ def inspect_reference(
         seed: of the sampling.
 
     Raises:
-        DataError: a file without prompts.
+        Refused: a file without prompts.
         OSError: a model that is not there.
         Refused: top_k, top_p or temperature outside their ranges.
     """
@@ -146,7 +142,7 @@ def inspect_reference(
         raise Refused(f"temperature is {temperature}; allowed: > 0")
     records, _ = read_records(prompts)
     if "prompt" not in records[0] or isinstance(records[0]["prompt"], str):
-        raise DataError(f"{prompts}: no chat prompts; make veRL's layout of it with `rapo data prepare {prompts}`")
+        raise Refused(f"{prompts}: no chat prompts; make veRL's layout of it with `rapo data prepare {prompts}`")
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -163,9 +159,7 @@ def inspect_reference(
     settings = {"model": model, "prompts": str(prompts), "rows": len(texts), "tokens": count, "seed": seed}
     settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     write_atomic(out / "reference.json", json.dumps(settings | {"results": [asdict(x) for x in found]}, indent=1))
-    figure = reference_figure(found, what, top_k, top_p)
-    for kind in ("png", "svg"):
-        write_atomic(out / f"reference.{kind}", image(figure, kind))
+    write_figure(reference_figure(found, what, top_k, top_p), out / "reference")
 
 
 def _table(found: list[Reweighted], title: str, top_k: int, top_p: float) -> Table:
@@ -177,27 +171,25 @@ def _table(found: list[Reweighted], title: str, top_k: int, top_p: float) -> Tab
     return table
 
 
+@styled
 def reference_figure(found: list[Reweighted], title: str, top_k: int, top_p: float) -> Figure:
     """Return mass outside the top k and KL to the untempered reference over phi, a line for each reading."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.4, 3.6), layout="constrained")
-        figure.suptitle(title, fontsize=9.5, x=0.01, ha="left")
-        for axis, name, words in zip(
-            figure.subplots(1, 2),
-            ("outside", "kl"),
-            (f"mass outside the top {top_k}", "KL(reweighted ‖ untempered), nats"),
-        ):
-            for reading, colour in COLOURS.items():
-                mine = [x for x in found if x.reading == reading]
-                label = reading if reading == "token" else f"nucleus (top_p = {top_p})"
-                axis.plot(
-                    [x.phi for x in mine], [getattr(x, name) for x in mine], "o-", ms=3.5, color=colour, label=label
-                )
-            axis.set_title(words)
-            axis.set_xlabel("phi")
-            axis.invert_xaxis()
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")  # the style has no mathematics, which the default would be
-            axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-6))  # phi = 1 leaves rounding
-            axis.legend()
+    figure = Figure(figsize=(9.4, 3.6), layout="constrained")
+    figure.suptitle(title, fontsize=9.5, x=0.01, ha="left")
+    for axis, name, words in zip(
+        figure.subplots(1, 2),
+        ("outside", "kl"),
+        (f"mass outside the top {top_k}", "KL(reweighted ‖ untempered), nats"),
+    ):
+        for reading, colour in COLOURS.items():
+            mine = [x for x in found if x.reading == reading]
+            label = reading if reading == "token" else f"nucleus (top_p = {top_p})"
+            axis.plot([x.phi for x in mine], [getattr(x, name) for x in mine], "o-", ms=3.5, color=colour, label=label)
+        axis.set_title(words)
+        axis.set_xlabel("phi")
+        axis.invert_xaxis()
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")  # the style has no mathematics, which the default would be
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-6))  # phi = 1 leaves rounding
+        axis.legend()
     return figure

@@ -8,7 +8,6 @@ import torch
 
 from rapo_verl import Refused
 from rapo_verl.data.prepare import prepare
-from rapo_verl.data.sources import DataError
 from rapo_verl.run.files import write_atomic
 from rapo_verl.toy.base_model import pretrain
 from rapo_verl.toy.world import Problem, Split, World, write_jsonl
@@ -26,9 +25,6 @@ def make_toy(out: Path, *, seed: int, progress: bool = True) -> None:
         out: folder; gets train.parquet, eval.parquet, their data cards and sources, world.json and model/.
         seed: of the world and of the base model's initial weights and corpus.
         progress: show a progress bar over the pre-training.
-
-    Raises:
-        Refused: the folder holds a toy of other settings.
     """
     settings = {
         "world_seed": seed,
@@ -58,9 +54,6 @@ def write_problems(world: World, out: Path, *, train: tuple[int, int], evaluatio
         out: folder.
         train: count and seed of the training problems; a question drawn twice is kept once.
         evaluation: count and seed of the evaluation problems.
-
-    Raises:
-        DataError: a check failed; an evaluation problem was dropped.
     """
     (out / "source").mkdir(parents=True, exist_ok=True)
     splits: dict[Split, tuple[int, int]] = {"train": train, "eval": evaluation}
@@ -71,7 +64,7 @@ def write_problems(world: World, out: Path, *, train: tuple[int, int], evaluatio
         path = prepare(str(source), out, name=split, prompt="bare", against=against)
         rows = pq.ParquetFile(path).metadata.num_rows
         if split == "eval" and rows != count:
-            raise DataError(f"{path}: {count - rows} of {count} evaluation problems were dropped; see its card")
+            raise Refused(f"{path}: {count - rows} of {count} evaluation problems were dropped; see its card")
 
 
 def load_problems(toy_dir: Path) -> tuple[World, list[Problem]]:
