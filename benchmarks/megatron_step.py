@@ -1,15 +1,14 @@
-"""One step of RAPO and of GRPO through verl's engine at real shapes with random weights: seconds and peak memory.
+"""One step of GRPO and of RAPO through veRL's engine at real shapes with random weights: seconds and peak memory.
 
-    python benchmarks/megatron_step.py                                    # 3B on one 141 GiB card, Megatron, TP = 1
-    python benchmarks/megatron_step.py --recipe qwen2.5_3b_rapo_fsdp2
-
-NEVER RUN ON A GPU by us: no number of it is known. What has been run is its code, on a processor and the toy:
-
+    python benchmarks/megatron_step.py --seconds 240                      # 3B on one 141 GiB card, Megatron, TP = 1
+    python benchmarks/megatron_step.py --recipe qwen2.5_3b_rapo_fsdp2 --layers 8 --seconds 90
     python benchmarks/megatron_step.py --recipe toy_rapo_cpu --model runs/toy/base0/model --sequences 8 --prompt 8
-        --response 16 --rounds 1
+        --response 16 --rounds 1                                          # its code, on a processor
 
-Same worker, engine and batch for both: log-prob pass, reference pass (RAPO's at a temperature per sample) and one
-update (RAPO's loss, or verl's with low_var_kl). There is no rollout; the tokens are random.
+One worker, one engine, one batch for every row: log-prob pass, reference pass (RAPO's at a temperature per sample) and
+one update. There is no rollout; the tokens are random. Rows: GRPO (low_var_kl) by veRL's head, which is the measure,
+the same by ours (rapo.head=fast), RAPO with the estimators `bounded` and `topk`. Each step is printed as it ends; the
+first of a row, which compiles and allocates, is left out of the table where there is another.
 """
 
 import argparse
@@ -17,6 +16,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,25 +26,23 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
-from rapo_verl.method.config import rapo_config_from
+from rapo_verl.method.config import RapoConfig, rapo_config_from
 from rapo_verl.run.compose import compose_config
+from rapo_verl.toy.base_model import random_checkpoint
+from rapo_verl.toy.smoke import attention_overrides
 
 OFF = {"forward_kl": {"coef": 0.0}, "reference": {"phi_min": 1.0}}
+MEASURE = "GRPO, veRL's head"
+STAGES = ("old_log_prob", "ref", "update_actor", "step")
 
 
-def random_checkpoint(shape: str, folder: Path) -> Path:
-    """Write a checkpoint of a published shape with random bf16 weights and a byte-level tokenizer."""
-    from transformers import AutoModelForCausalLM
+@dataclass(frozen=True)
+class Row:
+    """A method: RAPO's settings, the loss, and whether our head makes the log-probs of every pass."""
 
-    from rapo_verl.plan.model import config_of
-    from rapo_verl.toy.base_model import build_tokenizer
-
-    config = config_of(shape)
-    config.architectures = ["Qwen2ForCausalLM"]
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
+    rapo: RapoConfig
+    loss: Callable
+    own_head: bool
 
 
 def random_batch(sequences: int, prompt: int, response: int) -> TensorDict:
@@ -77,6 +76,9 @@ def one_step(actor: Any, reference: Any, batch: TensorDict) -> dict[str, float]:
     from verl.utils.device import get_torch_device
     from verl.workers.utils.padding import response_from_nested
 
+    from rapo_verl.training.engine import FIELDS
+    from rapo_verl.training.loss import PHI
+
     seconds, data = {}, batch.copy()
 
     def timed(stage: str, call: Any, **settings: Any) -> Any:
@@ -92,6 +94,9 @@ def one_step(actor: Any, reference: Any, batch: TensorDict) -> dict[str, float]:
     data["old_log_probs"] = response_from_nested(out["log_probs"], data["response_mask"])
     out = timed("ref", reference.compute_ref_log_prob, calculate_entropy=False, compute_loss=False)
     data["ref_log_prob"] = response_from_nested(out["log_probs"], data["response_mask"])
+    for name in (PHI, *FIELDS):
+        if name in out:
+            data[name] = out[name]
     size = len(data)
     timed(
         "update_actor", actor.update_actor, calculate_entropy=True, compute_loss=True, global_batch_size=size,
@@ -100,63 +105,121 @@ def one_step(actor: Any, reference: Any, batch: TensorDict) -> dict[str, float]:
     return {**seconds, "step": sum(seconds.values())}
 
 
+def rows_of(actor_config: Any, on: RapoConfig) -> dict[str, Row]:
+    """Return the methods that are compared."""
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.utils.losses import ppo_loss
+
+    from rapo_verl.training.loss import rapo_policy_loss
+
+    grpo = OmegaConf.merge(actor_config, {"use_kl_loss": True, "kl_loss_type": "low_var_kl", "kl_loss_coef": 1e-4})
+    plain = OmegaConf.merge(actor_config, {"use_kl_loss": False})
+    off, grpo_loss = rapo_config_from(OFF), partial(ppo_loss, config=omega_conf_to_dataclass(grpo))
+
+    def rapo(estimator: str) -> Row:
+        settings = replace(on, forward_kl=replace(on.forward_kl, estimator=estimator))
+        return Row(settings, partial(rapo_policy_loss, config=omega_conf_to_dataclass(plain), rapo=settings), True)
+
+    return {
+        MEASURE: Row(off, grpo_loss, False),
+        "GRPO, our head": Row(off, grpo_loss, True),
+        "RAPO bounded": rapo("bounded"),
+        "RAPO topk": rapo("topk"),
+    }
+
+
+def measure(config: Any, batch: TensorDict, rounds: int, end: float) -> dict[str, list[dict[str, float]]]:
+    """Return seconds of the stages and peak GiB of every step of each row, made in turn until the time is up."""
+    from verl.utils.device import get_torch_device
+
+    from rapo_verl.training.worker import RapoWorker
+
+    start, device = time.monotonic(), get_torch_device()
+    group = config.actor_rollout_ref
+    reference, actor = RapoWorker(group, "ref"), RapoWorker(group, "actor")
+    reference.init_model()
+    actor.init_model()
+    print(f"models built in {time.monotonic() - start:.0f} s", flush=True)
+    rows = rows_of(group.actor, actor.rapo)
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
+    for number in range(rounds + 1):
+        for name, row in rows.items():
+            longest = max((step["step"] for taken in steps.values() for step in taken[1:]), default=0.0)
+            if time.monotonic() + longest > end:
+                print("the time is up")
+                return steps
+            reference.rapo = actor.rapo = row.rapo
+            actor.actor.set_loss_fn(row.loss)
+            actor.actor.engine.own_head = reference.ref.engine.own_head = row.own_head
+            device.reset_peak_memory_stats()
+            step = one_step(actor, reference, batch)
+            step["peak GiB"] = device.max_memory_allocated() / (1 << 30)
+            steps[name].append(step)
+            print(f"{name:18} {number}: " + ", ".join(f"{key} {x:.3f}" for key, x in step.items()), flush=True)
+    return steps
+
+
+def print_table(steps: dict[str, list[dict[str, float]]]) -> None:
+    """Print the medians, and each row's step as a share of the first row's."""
+    keys = (*STAGES, "peak GiB")
+    print(f"\n{'median seconds':18}" + "".join(f"{key:>14}" for key in keys) + "   step ratio")
+    first = None
+    for name, taken in steps.items():
+        if not taken:
+            print(f"{name:18} no step")
+            continue
+        counted = taken[1:] or taken
+        found = {key: statistics.median(step[key] for step in counted) for key in keys}
+        first = first or found["step"]
+        said = "" if taken[1:] else "   a first step"
+        print(f"{name:18}" + "".join(f"{found[key]:14.3f}" for key in keys) + f"{found['step'] / first:13.3f}{said}")
+
+
 def main() -> None:
     """Build the workers once, alternate the methods, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="qwen2.5_3b_rapo")
     parser.add_argument("--shape", default="Qwen/Qwen2.5-3B", help="random weights of this shape")
+    parser.add_argument("--layers", type=int, help="only so many of the shape's layers")
     parser.add_argument("--model", help="a checkpoint folder instead")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=200)
     parser.add_argument("--response", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no step is begun after so many")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
+    end = time.monotonic() + args.seconds
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**alone, "MASTER_PORT": "29655"}.items():
         os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory() as folder:
-        model = args.model or random_checkpoint(args.shape, Path(folder))
-        config = compose_config([f"experiment={args.recipe}", f"actor_rollout_ref.model.path={model}", *args.overrides])
-        if config.trainer.device == "cpu":
-            os.environ["VERL_PLATFORM"] = "cpu"
-        elif config.actor_rollout_ref.actor.strategy == "megatron":
-            config.actor_rollout_ref.actor.megatron.tensor_model_parallel_size = 1
-            config.actor_rollout_ref.ref.megatron.tensor_model_parallel_size = 1
-        measure(config, random_batch(args.sequences, args.prompt, args.response), args.rounds)
+        model = args.model or f"{folder}/model"
+        if not args.model:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            random_checkpoint(args.shape, Path(model), layers=args.layers, device=device)
+        print_table(measure(configured(args, model), random_batch(args.sequences, args.prompt, args.response),
+                            args.rounds, end))  # fmt: skip
 
 
-def measure(config: Any, batch: TensorDict, rounds: int) -> None:
-    """Run the rounds and print medians, the first step of each method left out."""
-    from verl.utils.config import omega_conf_to_dataclass
-    from verl.utils.device import get_torch_device
-    from verl.workers.utils.losses import ppo_loss
-
-    from rapo_verl.training.worker import RapoWorker
-
-    group = config.actor_rollout_ref
-    reference, actor = RapoWorker(group, "ref"), RapoWorker(group, "actor")
-    reference.init_model()
-    actor.init_model()
-    on, rapo_loss = actor.rapo, actor.loss_fn
-    grpo = OmegaConf.merge(group.actor, {"use_kl_loss": True, "kl_loss_type": "low_var_kl", "kl_loss_coef": 1e-4})
-    methods = {
-        "GRPO": (rapo_config_from(OFF), partial(ppo_loss, config=omega_conf_to_dataclass(grpo))),
-        "RAPO": (on, rapo_loss),
-    }
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
-    for number in range(rounds + 1):
-        for name, (rapo, loss) in methods.items():
-            reference.rapo = rapo
-            actor.actor.set_loss_fn(loss)
-            step = one_step(actor, reference, batch)
-            if number > 0:
-                steps[name].append(step)
-    print(f"{'median seconds':16}" + "".join(f"{name:>9}" for name in methods) + "  RAPO/GRPO")
-    for stage in steps["RAPO"][0]:
-        times = {name: statistics.median(step[stage] for step in steps[name]) for name in methods}
-        print(f"{stage:16}" + "".join(f"{t:9.3f}" for t in times.values()) + f"{times['RAPO'] / times['GRPO']:11.3f}")
-    print(f"peak GiB allocated, both methods: {get_torch_device().max_memory_allocated() / (1 << 30):.1f}")
+def configured(args: argparse.Namespace, model: str) -> Any:
+    """Return the recipe's config for this one process."""
+    given = [f"experiment={args.recipe}", f"actor_rollout_ref.model.path={model}"]
+    group = compose_config([*given, *args.overrides]).actor_rollout_ref
+    if group.actor.strategy != "megatron" and torch.cuda.is_available():
+        given += attention_overrides()
+        # veRL 0.9.1 utils/torch_functional.py:248: its entropy in chunks, which the recipe asks for, is compiled anew
+        # for each number of rows, ten seconds each; after eight of them torch gives up and runs it as it is.
+        given += [f"actor_rollout_ref.{role}.fsdp_config.use_torch_compile=false" for role in ("actor", "ref")]
+    config = compose_config([*given, *args.overrides])
+    # Set by veRL's trainer; Megatron's learning rate asserts that there are some.
+    config.actor_rollout_ref.actor.optim.total_training_steps = 4 * (args.rounds + 1)
+    if config.trainer.device == "cpu":
+        os.environ["VERL_PLATFORM"] = "cpu"
+    elif config.actor_rollout_ref.actor.strategy == "megatron":
+        config.actor_rollout_ref.actor.megatron.tensor_model_parallel_size = 1
+        config.actor_rollout_ref.ref.megatron.tensor_model_parallel_size = 1
+    return config
 
 
 if __name__ == "__main__":

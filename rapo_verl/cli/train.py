@@ -8,6 +8,7 @@ import typer
 
 from rapo_verl import Refused
 from rapo_verl.cli.base import commands, composed
+from rapo_verl.run.names import FAILED
 
 app = commands("Train.")
 toy = commands("The toy world: docs/toy.md.")
@@ -60,7 +61,28 @@ def demo(
         run_demo(out, seed=seed, n=n, limit=problems, overrides=overrides)
     except StageError as error:
         print(f"rapo demo: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+        raise typer.Exit(FAILED) from error
+
+
+@app.command()
+def smoke(
+    out: Annotated[Path, typer.Option(help="a folder of its own is made in it")] = Path("runs/smoke"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="after --: key=value for the training")] = None,
+) -> None:
+    """Try this machine: three steps with random weights, a save, a resume, sixteen samples; downloads nothing.
+
+    On a GPU the one-GPU recipe with a model of 0.5B parameters, else the toy's. Exit code 1: it does not train.
+
+    Example: rapo smoke -- actor_rollout_ref.rollout.gpu_memory_utilization=0.3
+    """
+    from rapo_verl.toy.demo import StageError
+    from rapo_verl.toy.smoke import smoke as run_smoke
+
+    try:
+        run_smoke(out, overrides or [])
+    except StageError as error:
+        print(f"rapo smoke: {error}", file=sys.stderr)
+        raise typer.Exit(FAILED) from error
 
 
 @toy.command("make")

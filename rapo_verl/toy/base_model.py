@@ -1,4 +1,7 @@
-"""The toy base model: a byte-level tokenizer, a tiny Qwen2 and its supervised training on the toy corpus."""
+"""The toy base model: a byte-level tokenizer, a tiny Qwen2 and its supervised training on the toy corpus.
+
+With that tokenizer also larger models of random weights, to measure and to try a machine with.
+"""
 
 import logging
 import math
@@ -14,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from rapo_verl.plan.model import config_of
 from rapo_verl.run.progress import bar_interval
 from rapo_verl.toy.world import World
 
@@ -74,6 +78,27 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2ForCau
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(config).float()
+
+
+def random_checkpoint(shape: str, out_dir: Path, *, layers: int | None = None, device: str = "cpu") -> None:
+    """Write a checkpoint of a published shape with random bf16 weights and the byte-level tokenizer.
+
+    Args:
+        shape: a name of `rapo_verl.plan.model.PUBLISHED`; its vocabulary is wider than the tokenizer's, as Qwen's is.
+        out_dir: new folder.
+        layers: only so many of the shape's.
+        device: where the weights are drawn: 3B take seconds on a GPU and minutes on a processor.
+    """
+    tokenizer, config = build_tokenizer(), config_of(shape)
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, tokenizer.eos_token_id, tokenizer.pad_token_id
+    if layers is not None:
+        config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
+    devices = [device] if device != "cpu" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    save_checkpoint(model, tokenizer, out_dir)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerFast, questions: list[str]) -> torch.Tensor:

@@ -32,7 +32,8 @@ class StageError(RuntimeError):
 
 
 @contextmanager
-def _stage(number: int, of: int, what: str) -> Iterator[None]:
+def stage(number: int, of: int, what: str) -> Iterator[None]:
+    """Print what the body does, and its seconds when it is done."""
     console.print(f"[bold][{number}/{of}][/bold] {what}", highlight=False)
     start = time.monotonic()
     yield
@@ -156,20 +157,20 @@ def demo(out: Path, *, seed: int = 0, n: int = 512, limit: int = 96, overrides: 
     base = toy_dir / MODEL_DIR
     labels = {BASE: "base", "grpo": "GRPO", "rapo": "RAPO"}
     through = "through veRL: Ray, FSDP2 on gloo, vLLM, TransferQueue, reward loop"
-    with _stage(1, 5, "the toy's problems and its base model, pre-trained on the spot"):
+    with stage(1, 5, "the toy's problems and its base model, pre-trained on the spot"):
         make_toy(toy_dir, seed=seed)
-    with _stage(2, 5, f"RAPO {through}"):
+    with stage(2, 5, f"RAPO {through}"):
         rapo = train("toy_rapo_cpu", out / "rapo", common)
     # A training leaves a third of two cores idle: what can be sampled already is, beside it.
     with ExitStack() as beside:
-        with _stage(3, 5, f"GRPO {through}; beside it, responses of base and RAPO"):
+        with stage(3, 5, f"GRPO {through}; beside it, responses of base and RAPO"):
             beside.enter_context(evaluating({BASE: base, "rapo": rapo}, toy_dir, out, n=n, limit=limit, beside=True))
             grpo = train("toy_grpo_cpu", out / "grpo", common)
-        with _stage(4, 5, f"{n} responses to each of {limit} held-out problems, from each model"):
+        with stage(4, 5, f"{n} responses to each of {limit} held-out problems, from each model"):
             with evaluating({"grpo": grpo}, toy_dir, out, n=n, limit=limit, beside=False):
                 pass
             beside.close()
-    with _stage(5, 5, "the report"):
+    with stage(5, 5, "the report"):
         settings = {
             f"{labels[key]}: {what}": text for key in ("grpo", "rapo") for what, text in settings_of(out / key).items()
         }
