@@ -52,8 +52,8 @@ def problems(**changes) -> list[str]:
         ({"reference__phi_min": math.nan}, "rapo.reference.phi_min", "nan", "(0, 1]"),
         ({"reference__reward_min": 1.0}, "reward_min, reward_max", "1.0, 1.0", "reward_min < reward_max"),
         ({"reference__reward_max": -1.0}, "reward_min, reward_max", "0.0, -1.0", "reward_min < reward_max"),
-        ({"reference__reward_max": math.inf}, "reward_min, reward_max", "0.0, inf", "finite"),
-        ({"reference__reward_min": math.nan}, "reward_min, reward_max", "nan, 1.0", "finite"),
+        ({"reference__reward_max": math.inf}, "rapo.reference.reward_max", "inf", "finite"),
+        ({"reference__reward_min": math.nan}, "rapo.reference.reward_min", "nan", "finite"),
         ({"reference__phi": "step", "reference__step_at": 0.0}, "rapo.reference.step_at", "0.0", "above reward_min"),
         ({"reference__phi": "step", "reference__step_at": 1.5}, "rapo.reference.step_at", "1.5", "at most reward_max"),
         ({"reference__phi": "step", "reference__step_at": math.nan}, "rapo.reference.step_at", "nan", "at most"),
@@ -79,7 +79,7 @@ def test_all_problems_are_reported_at_once():
         reference__exponent=-1.0,
     )
     assert len(lines) == 8
-    named = ("coef", "estimator", "rho_max", "reading", "phi is", "phi_min", "reward_max", "exponent")
+    named = ("coef", "estimator", "rho_max", "reading", "phi is", "phi_min", "exponent", "reward_max")
     assert all(name in line for name, line in zip(named, lines))
 
 

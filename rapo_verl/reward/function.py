@@ -4,15 +4,14 @@ r"""The reward function that veRL calls, and what a trainer makes of its verdict
 ``reward.custom_reward_function.reward_kwargs={verifier: {...}, shaping: {...}}``.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
+from rapo_verl.method.settings import out_of_bounds, read_settings, setting
 from rapo_verl.reward import Verdict, VerifierSettings, shared_verifier
-from rapo_verl.reward.verdict import build_settings
 
 # Fields of veRL's extra_info that `rapo_verl.training.rollout.SeededAgentLoopWorker` adds to every response.
 RESPONSE_TOKENS, RESPONSE_LIMIT, TRUNCATED = "response_tokens", "response_limit", "truncated"
@@ -25,26 +24,11 @@ class ShapingSettings:
     """What may be taken off the reward (``reward_kwargs.shaping``); all off by default."""
 
     # Taken off a response without a box.
-    format_penalty: float = 0.0
+    format_penalty: float = setting(0.0, "a finite number >= 0", lambda x: x >= 0)
     # Taken off a response that fills its limit, rising linearly over the last `overlong_buffer` tokens before it
     # (DAPO, arXiv 2503.14476, eq. 13).
-    overlong_penalty: float = 0.0
-    overlong_buffer: int = 4096
-
-    def problems(self) -> list[str]:
-        """Return every problem of the settings as one line each (empty: none)."""
-        checks = [
-            (math.isfinite(self.format_penalty) and self.format_penalty >= 0, "format_penalty", "a finite number >= 0"),
-            (
-                math.isfinite(self.overlong_penalty) and self.overlong_penalty >= 0,
-                "overlong_penalty",
-                "a finite number >= 0",
-            ),
-            (self.overlong_buffer >= 1, "overlong_buffer", ">= 1 (tokens)"),
-        ]
-        return [
-            f"shaping.{name} is {getattr(self, name)!r}; allowed: {allowed}" for ok, name, allowed in checks if not ok
-        ]
+    overlong_penalty: float = setting(0.0, "a finite number >= 0", lambda x: x >= 0)
+    overlong_buffer: int = setting(4096, "a whole number of tokens >= 1", lambda x: x >= 1)
 
 
 def reward_settings(
@@ -55,12 +39,13 @@ def reward_settings(
     Raises:
         ValueError: all problems found, one a line; an unknown key is one.
     """
-    first, problems = build_settings(VerifierSettings, verifier, "verifier")
-    second, more = build_settings(ShapingSettings, shaping, "shaping")
-    problems += more + [f"unknown key {key}; allowed: verifier, shaping" for key in unknown]
+    problems = [f"unknown key {key}; allowed: verifier, shaping" for key in unknown]
+    check = read_settings(VerifierSettings, verifier or {}, "verifier", problems)
+    shape = read_settings(ShapingSettings, shaping or {}, "shaping", problems)
+    problems += check.problems() + out_of_bounds(shape, "shaping")
     if problems:
         raise ValueError("\n".join(f"reward.custom_reward_function.reward_kwargs: {problem}" for problem in problems))
-    return cast(VerifierSettings, first), cast(ShapingSettings, second)
+    return check, shape
 
 
 @lru_cache(maxsize=8)

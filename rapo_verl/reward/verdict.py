@@ -1,8 +1,9 @@
 """What a check can say, and the settings under which it says it."""
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
+
+from rapo_verl.method.settings import one_of, out_of_bounds, setting
 
 STRICTNESS = ("integer", "symmetric", "math_verify")
 
@@ -28,47 +29,17 @@ class VerifierSettings:
 
     # Seconds that one comparison may take before its process is killed. Over 8,000 MATH answers the slowest honest one
     # takes about a second on an idle core.
-    deadline_s: float = 5.0
-    # RLIMIT_AS of one process, MiB; the idle process has about 150.
-    memory_mb: int = 1024
+    deadline_s: float = setting(5.0, "a finite number > 0", lambda x: x > 0)
+    # RLIMIT_AS of one process, MiB.
+    memory_mb: int = setting(1024, "a whole number >= 256; sympy alone takes 150", lambda x: x >= 256)
     # Processes, started on the first answer that is no integer. With R reward workers a run has R times as many.
-    workers: int = 2
-    # integer: only ASCII integers are ever right, no process is started. symmetric: math-verify in both directions,
-    # plus what `answer.conflict` knows to differ. math_verify: as math-verify compares, for published numbers.
-    strictness: str = "symmetric"
+    workers: int = setting(2, "a whole number >= 1", lambda x: x >= 1)
+    # integer: only ASCII integers are ever right, no process is started. symmetric: part by part (`equality`), the same
+    # in both directions. math_verify: as math-verify compares, for published numbers.
+    strictness: str = one_of("symmetric", STRICTNESS)
     # Verdicts remembered, keyed by (right answer, box).
-    cache_size: int = 16384
+    cache_size: int = setting(16384, "a whole number >= 0", lambda x: x >= 0)
 
     def problems(self) -> list[str]:
         """Return every problem of the settings as one line each (empty: none)."""
-        checks = [
-            (math.isfinite(self.deadline_s) and self.deadline_s > 0, "deadline_s", "a finite number > 0"),
-            (self.memory_mb >= 256, "memory_mb", ">= 256; sympy alone takes 150"),
-            (self.workers >= 1, "workers", ">= 1"),
-            (self.strictness in STRICTNESS, "strictness", ", ".join(STRICTNESS)),
-            (self.cache_size >= 0, "cache_size", ">= 0"),
-        ]
-        return [
-            f"verifier.{name} is {getattr(self, name)!r}; allowed: {allowed}" for ok, name, allowed in checks if not ok
-        ]
-
-
-def build_settings(cls: type, node: object, path: str) -> tuple[object | None, list[str]]:
-    """Return ``cls(**node)`` and the problems that it has; None where it cannot be built.
-
-    Args:
-        cls: a frozen dataclass of plain numbers and strings with ``problems()``.
-        node: mapping of its fields, or None for the defaults.
-        path: of the node, for messages.
-    """
-    values = dict(node or {})  # type: ignore[call-overload]
-    kinds = {f.name: f.type for f in fields(cls)}
-    wrong = [f"unknown key {path}.{key}; allowed: {', '.join(kinds)}" for key in values if key not in kinds]
-    for key, value in values.items():
-        want = (int, float) if kinds.get(key) is float else kinds.get(key)
-        if key in kinds and (not isinstance(value, want) or isinstance(value, bool)):  # type: ignore[arg-type]
-            wrong.append(f"{path}.{key} is {value!r}; allowed: {getattr(kinds[key], '__name__', kinds[key])}")
-    if wrong:
-        return None, wrong
-    settings = cls(**values)
-    return settings, settings.problems()
+        return out_of_bounds(self, "verifier")
