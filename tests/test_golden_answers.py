@@ -94,11 +94,12 @@ def test_verdicts_in_a_fork_of_a_process_that_verified(verifier):
 
 def test_processes_end_with_a_caller_that_is_killed():
     code = """if True:
-        import os, signal, sys
+        import os, psutil, signal
         from rapo_verl.reward import Verifier
         v = Verifier()
         assert v.verify(r"\\boxed{6\\cdot 34}", "204")[0] == "correct"
-        print(*v.pool.pids(), v.pool._nursery._process.pid, flush=True)
+        nursery = psutil.Process(v.pool._nursery._process.pid)
+        print(*(process.pid for process in (nursery, *nursery.children())), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

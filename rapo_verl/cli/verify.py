@@ -72,7 +72,6 @@ def _pairs(file: Path) -> list[tuple[str, str]]:
 def _why(verdict: Any, gold: str, box: str | None, settings: Any) -> str:
     """Return what decided, in a sentence."""
     from rapo_verl.reward.answer import normalize, parse_integer
-    from rapo_verl.reward.equality import describe
     from rapo_verl.reward.reading import read
 
     if box is None:
@@ -91,4 +90,4 @@ def _why(verdict: Any, gold: str, box: str | None, settings: Any) -> str:
     if want == got:
         return "the same text but for what has no meaning"
     said = "equal" if verdict == "correct" else "not equal"
-    return f"{said}; gold read as {describe(read(want))}, answer as {describe(read(got))}"
+    return f"{said}; gold read as {read(want)}, answer as {read(got)}"

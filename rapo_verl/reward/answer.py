@@ -51,12 +51,8 @@ def parse_integer(text: str) -> int | None:
     return int(match[1] + match[2].replace(",", ""))
 
 
-def verify_integer(response: str, ground_truth: str) -> tuple[Verdict, str | None]:
-    """Return the verdict (correct, wrong or no_box) on a response, and the text of its last box; integers only.
-
-    Args:
-        response: the model's text.
-        ground_truth: a decimal integer.
+def integer_verdict(ground_truth: str, box: str | None) -> Verdict:
+    """Return the verdict (correct, wrong or no_box) where nothing but an integer is ever right.
 
     Raises:
         ValueError: ``ground_truth`` is not an integer.
@@ -64,10 +60,15 @@ def verify_integer(response: str, ground_truth: str) -> tuple[Verdict, str | Non
     gold = parse_integer(ground_truth)
     if gold is None:
         raise ValueError(f"ground truth {ground_truth[:80]!r} is not an integer")
-    box = last_boxed(response)
     if box is None:
-        return Verdict.no_box, None
-    return (Verdict.correct if parse_integer(box) == gold else Verdict.wrong), box
+        return Verdict.no_box
+    return Verdict.correct if parse_integer(box) == gold else Verdict.wrong
+
+
+def verify_integer(response: str, ground_truth: str) -> tuple[Verdict, str | None]:
+    """Return `integer_verdict` on a response, and the text of its last box."""
+    box = last_boxed(response)
+    return integer_verdict(ground_truth, box), box
 
 
 # One command or character for what is written in several.

@@ -4,12 +4,23 @@ import re
 from itertools import pairwise
 from typing import Any
 
-from rapo_verl.reward.formula import formula, ratio, same_formula, same_object, same_set
-from rapo_verl.reward.reading import Answer, Condition, Equation, Many, Value, nonsense, read, readings, words_of
+import sympy
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 
-# What sympy raises on sets and equations that it cannot handle.
-_UNSOLVED = (TypeError, ValueError, AttributeError, NotImplementedError)
+from rapo_verl.reward.answer import normalize
+from rapo_verl.reward.formula import UNSOLVED, formula, ratio, same_formula, same_object, same_set
+from rapo_verl.reward.reading import Answer, Condition, Equation, Many, Value, read, readings
+
 _RANGE = re.compile(r"[\[(].*,.*[\])]|\\cup|\\mathbb|\\emptyset", re.DOTALL)
+
+
+# What math-verify reads and nobody means: two numbers side by side ("4 2": it adds them; "\frac 1 2" is another thing),
+# a factorial sign after a line break or before a digit, a zero denominator, a base of two digits (it drops these).
+_NONSENSE = re.compile(
+    r"(?<!frac )(?<!frac)(?<![0-9._^])[0-9.]+ [0-9.]|\\\\ ?!|(?<!\\)![0-9]"
+    r"|\\frac ?(?:\{[^{}]*\}|[0-9]) ?(?:\{0+\}|0)|[0-9]_"
+)
 
 
 def equal(gold: str, box: str) -> bool:
@@ -21,7 +32,7 @@ def kind_of(gold: str) -> str:
     """Return "expression", "string" (right only in the same words) or "nothing": what an answer is read as."""
     answer = read(gold)
     if isinstance(answer, Value) and answer.base is None and formula(answer.text) is None:
-        return "string" if words_of(answer.text) else "nothing"
+        return "string" if _words_of(answer.text) else "nothing"
     return "expression"
 
 
@@ -90,7 +101,6 @@ def _same_name(a: str, b: str) -> bool:
 
 
 def _is_number(a: Answer) -> bool:
-    from sympy.core.function import AppliedUndef
 
     found = formula(a.text) if isinstance(a, Value) else None
     return found is not None and not getattr(found, "free_symbols", True) and not found.has(AppliedUndef)
@@ -124,37 +134,32 @@ def _same_sides(a: Equation, b: Equation) -> bool:
             # Numbers: the same statement, not any two true ones.
             return (p, q) in ((r, s), (s, r))
         return ratio(first, second) is not None or _same_solutions(first, second)
-    except _UNSOLVED:
+    except UNSOLVED:
         return False
 
 
 def _same_solutions(a: Any, b: Any) -> bool:
     """Return whether a = 0 and b = 0 have the same solutions for one of their letters."""
-    from sympy import solve
-
     letters = {symbol.name: symbol for symbol in a.free_symbols}
     if not letters or set(letters) != {symbol.name for symbol in b.free_symbols}:
         return False
     b = b.subs({symbol: letters[symbol.name] for symbol in b.free_symbols})
     for name in sorted(letters):
-        first, second = solve(a, letters[name]), solve(b, letters[name])
+        first, second = sympy.solve(a, letters[name]), sympy.solve(b, letters[name])
         if first and len(first) == len(second):
             return all(any(same_object(x, y) for y in second) for x in first)
     return False
 
 
 def _same_condition(a: Condition, b: Condition) -> bool:
-    from sympy import Ge, Gt, Le, Lt, Ne
-    from sympy.core.relational import Relational
-
     first, second = formula(a.text), formula(b.text)
     if not (isinstance(first, Relational) and isinstance(second, Relational)):
         return bool(first is not None and first == second)
-    turned = {Gt: Lt, Ge: Le}
+    turned = {sympy.Gt: sympy.Lt, sympy.Ge: sympy.Le}
     kinds = [turned.get(type(x), type(x)) for x in (first, second)]
     sides = [x.rhs - x.lhs if type(x) in turned else x.lhs - x.rhs for x in (first, second)]
     factor = ratio(*sides) if kinds[0] is kinds[1] else None
-    return factor is not None and bool(factor.is_positive or (kinds[0] is Ne and factor))
+    return factor is not None and bool(factor.is_positive or (kinds[0] is sympy.Ne and factor))
 
 
 def _is_range(a: Answer) -> bool:
@@ -170,7 +175,7 @@ def _same_range(a: Answer, b: Answer) -> bool:
         return False
     try:
         first, second = _set(a), _set(b)
-    except _UNSOLVED:
+    except UNSOLVED:
         return False
     return first is not None and second is not None and same_set(first, second)
 
@@ -183,26 +188,25 @@ def _letters(a: Answer) -> set[str]:
 
 
 def _set(a: Answer) -> Any | None:
-    from sympy import And, Intersection, Interval, S, Set, Union
 
     if isinstance(a, Condition):
         found: Any = formula(a.text)
-        parts = found.args if isinstance(found, And) else (found,)
-        return Intersection(*(part.as_set() for part in parts))
+        parts = found.args if isinstance(found, sympy.And) else (found,)
+        return sympy.Intersection(*(part.as_set() for part in parts))
     if isinstance(a, Value):
         found = formula(a.text)
-        return found if isinstance(found, Set) else None
+        return found if isinstance(found, sympy.Set) else None
     if not isinstance(a, Many):
         return None
     if a.kind == "tuple":
-        interval = Interval.open(*(formula(item.text).doit() for item in a.items))  # type: ignore[union-attr]
+        interval = sympy.Interval.open(*(formula(item.text).doit() for item in a.items))  # type: ignore[union-attr]
         return None if interval.is_empty else interval
     parts = [_set(item) for item in a.items]
     if not parts or any(part is None for part in parts):
-        return S.EmptySet if not parts else None
+        return sympy.S.EmptySet if not parts else None
     # A comma may mean either: "x<2, x>3" has no common part, "x>2, x<3" has.
-    both = Intersection(*parts)
-    return Union(*parts) if a.kind == "or" or (a.kind == "list" and both.is_empty) else both
+    both = sympy.Intersection(*parts)
+    return sympy.Union(*parts) if a.kind == "or" or (a.kind == "list" and both.is_empty) else both
 
 
 def _same_value(gold: Value, box: Value) -> bool:
@@ -222,27 +226,15 @@ def _same_value(gold: Value, box: Value) -> bool:
 
 
 def _same_text(a: str, b: str) -> bool:
-    if nonsense(a) or nonsense(b):
+    if _NONSENSE.search(a) or _NONSENSE.search(b):
         return False
     if a == b:
         return True
     if formula(a) is None or formula(b) is None:
-        return words_of(a) == words_of(b) != ""
+        return _words_of(a) == _words_of(b) != ""
     return same_formula(a, b)
 
 
-def describe(answer: Answer) -> str:
-    """Return what an answer is read as, in a few words."""
-    if isinstance(answer, Many):
-        return f"{answer.kind} of {len(answer.items)}: {', '.join(map(describe, answer.items))}"
-    if isinstance(answer, Equation):
-        sides = " = ".join(side.text if isinstance(side, Value) else describe(side) for side in answer.sides)
-        return f"value named {answer.name} ({sides})" if answer.name else f"equation {sides}"
-    if isinstance(answer, Condition):
-        return f"inequality {answer.text}"
-    said = [answer.text]
-    if answer.unit is not None:
-        said.append(f"unit {'^'.join(answer.unit)}")
-    if answer.percent:
-        said.append("percent")
-    return ", ".join(said + ([f"base {answer.base}"] if answer.base else []))
+def _words_of(text: str) -> str:
+    """Return an answer that is no formula without case, spaces and fonts."""
+    return re.sub(r"\s+", "", re.sub(r"\\text ?\{([^{}]*)\}", r"\1", normalize(text))).strip("()").lower()

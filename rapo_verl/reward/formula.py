@@ -5,6 +5,20 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+import sympy
+from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
+from math_verify.grader import should_treat_as_complex
+
+# What sympy raises on things that it cannot bring together, and on sets and equations that it cannot handle.
+UNSOLVED = (
+    ArithmeticError,
+    AttributeError,
+    NotImplementedError,
+    sympy.PolynomialError,  # no ValueError
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 # Digits to which both sides are computed; what agrees in the first is computed to the second. Their difference is
 # never looked at by itself: an absolute bound would take 1/2^60 for 1/2^59.
 _DIGITS = (40, 1000)
@@ -56,15 +70,11 @@ def _repeating(match: re.Match) -> str:
 @lru_cache(maxsize=1 << 12)
 def formula(text: str) -> Any | None:
     """Return the sympy object that a text is, None for words and what does not parse; decimals are exact fractions."""
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
-    from math_verify.grader import should_treat_as_complex
-    from sympy import Rational
-
     if "\\text" in text or re.fullmatch(r"[A-Za-z]{4,}|[A-Za-z]{2,}( [A-Za-z]+)+", text):
         return None
     number = _rational(text)
     if number is not None:
-        return Rational(number)
+        return sympy.Rational(number)
     text = _BOTTOM.sub(r"\1{\2}", _TOP.sub(r"\\frac{\1}", text))
     text = _ROOT.sub(r"\1{\2}", _DECIMAL.sub(_fraction, _REPEATING.sub(_repeating, text)))
     config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
@@ -101,30 +111,26 @@ def _rounds(text: str, decimal: Any, other: Any) -> bool:
 
 def same_object(a: Any, b: Any) -> bool:
     """Return whether two sympy objects are equal: numbers, expressions, matrices or sets of numbers."""
-    from sympy import Expr, MatrixBase, Set
-
-    if isinstance(a, MatrixBase) and isinstance(b, MatrixBase):
+    if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
         return a.shape == b.shape and all(map(same_object, a, b))
-    if isinstance(a, Set) and isinstance(b, Set):
+    if isinstance(a, sympy.Set) and isinstance(b, sympy.Set):
         return same_set(a, b)
-    if isinstance(a, Expr) and isinstance(b, Expr):
+    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
         return same_expression(a, b)
     return a is not None and bool(a == b)
 
 
 def same_expression(a: Any, b: Any) -> bool:
     """Return whether two expressions are equal: whatever values their letters have."""
-    from sympy import nan, simplify, zoo
-
     if a == b:
-        return a not in (nan, zoo)
+        return a not in (sympy.nan, sympy.zoo)
     points = range(len(_POINTS)) if a.free_symbols or b.free_symbols else range(1)
     for digits in _DIGITS:
         for point in points:
             first, second = at_point(a, point, digits), at_point(b, point, digits)
             if first is None or second is None:
                 # What has no value to that many digits: a sum that vanishes, an unknown function.
-                difference = simplify(a.doit() - b.doit())
+                difference = sympy.simplify(a.doit() - b.doit())
                 return bool(difference.is_zero)
             if first.is_infinite or second.is_infinite:
                 return bool(first == second)
@@ -135,32 +141,32 @@ def same_expression(a: Any, b: Any) -> bool:
 
 def at_point(a: Any, point: int, digits: int = 40) -> Any | None:
     """Return an expression's value with its letters at one of the test points; None: it has no value that is exact."""
-    from sympy import Rational
-
     values = {}
     for symbol in a.free_symbols:
         seed = sum(ord(c) * 37**i for i, c in enumerate(symbol.name))
         p, q, r = _POINTS[point]
-        values[symbol] = Rational(p * 997 + r * (seed % 1009), q * 1013 + 4 * (seed % 101))
+        values[symbol] = sympy.Rational(p * 997 + r * (seed % 1009), q * 1013 + 4 * (seed % 101))
     return _value(a.subs(values) if values else a, digits)
 
 
 def _value(a: Any, digits: int) -> Any | None:
-    from sympy import Number, nan, oo, zoo
-
     if a is None or not hasattr(a, "doit"):
         return None
     a = a.doit()
-    if isinstance(a, Number) or a in (oo, -oo):
-        return a if a is not nan else None
-    if a.free_symbols or a is zoo:
+    if isinstance(a, sympy.Number) or a in (sympy.oo, -sympy.oo):
+        return a if a is not sympy.nan else None
+    if a.free_symbols or a is sympy.zoo:
         return None
     try:
         # Strict: every digit is right, or it raises.
         value = a.evalf(digits, maxn=4 * digits, strict=True)
-    except (ArithmeticError, TypeError, ValueError, NotImplementedError):
+    except UNSOLVED:
         return None
-    return value if value.is_number and value.is_finite and not value.has(nan, zoo) and _numeric(value) else None
+    return (
+        value
+        if value.is_number and value.is_finite and not value.has(sympy.nan, sympy.zoo) and _numeric(value)
+        else None
+    )
 
 
 def _numeric(value: Any) -> bool:
@@ -180,26 +186,22 @@ def ratio(a: Any, b: Any) -> Any | None:
 
 def same_set(a: Any, b: Any) -> bool:
     """Return whether two sets of numbers are equal; ends of intervals are compared as numbers."""
-    from sympy import FiniteSet, Interval, Union
-
     try:
         a, b = a.doit(), b.doit()
         if a == b:
             return True
-        pieces = [x.args if isinstance(x, Union) else (x,) for x in (a, b)]
-        if all(isinstance(piece, Interval | FiniteSet) for x in pieces for piece in x):
+        pieces = [x.args if isinstance(x, sympy.Union) else (x,) for x in (a, b)]
+        if all(isinstance(piece, sympy.Interval | sympy.FiniteSet) for x in pieces for piece in x):
             return len(pieces[0]) == len(pieces[1]) and all(
                 any(map(_same_piece, [p] * len(pieces[1]), pieces[1])) for p in pieces[0]
             )
         return bool((a - b).is_empty and (b - a).is_empty)
-    except (TypeError, ValueError, AttributeError, NotImplementedError):
+    except UNSOLVED:
         return False
 
 
 def _same_piece(p: Any, q: Any) -> bool:
-    from sympy import FiniteSet
-
-    if isinstance(p, FiniteSet) or isinstance(q, FiniteSet):
+    if isinstance(p, sympy.FiniteSet) or isinstance(q, sympy.FiniteSet):
         return type(p) is type(q) and len(p) == len(q) and all(any(same_object(x, y) for y in q) for x in p)
     ends = ((p.start, q.start), (p.end, q.end))
     return (p.left_open, p.right_open) == (q.left_open, q.right_open) and all(same_object(x, y) for x, y in ends)

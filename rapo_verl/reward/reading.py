@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from rapo_verl.reward.answer import normalize
-
 
 @dataclass(frozen=True)
 class Value:
@@ -21,6 +19,10 @@ class Value:
     percent: bool = False
     base: str | None = None
 
+    def __str__(self) -> str:
+        unit = f", unit {'^'.join(self.unit)}" if self.unit else ""
+        return self.text + unit + ", percent" * self.percent + (f", base {self.base}" if self.base else "")
+
 
 @dataclass(frozen=True)
 class Equation:
@@ -30,6 +32,10 @@ class Equation:
     name: str | None = None
     about: bool = False
 
+    def __str__(self) -> str:
+        sides = " = ".join(side.text if isinstance(side, Value) else str(side) for side in self.sides)
+        return f"value named {self.name} ({sides})" if self.name else f"equation {sides}"
+
 
 @dataclass(frozen=True)
 class Many:
@@ -38,12 +44,18 @@ class Many:
     kind: str
     items: tuple["Answer", ...]
 
+    def __str__(self) -> str:
+        return f"{self.kind} of {len(self.items)}: {', '.join(map(str, self.items))}"
+
 
 @dataclass(frozen=True)
 class Condition:
     """An inequality of one or more variables."""
 
     text: str
+
+    def __str__(self) -> str:
+        return f"inequality {self.text}"
 
 
 Answer = Value | Equation | Many | Condition
@@ -60,12 +72,6 @@ _BUILDER = re.compile(r"\\\{ ?[A-Za-z](?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?::|\\mid
 _THOUSANDS = re.compile(r"([^0-9,(\[{]*)([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9,])([^,]*)", re.DOTALL)
 _INTRODUCED = re.compile(r"\\text ?\{[^{}]*(?:\b(?:is|are|equals)|:) ?\} ?|\\approx(?![A-Za-z]) ?")
 
-# Two numbers side by side, which math-verify adds ("4 2": 6); "\frac 1 2" is another thing. A factorial sign after a
-# line break or before a digit, and a zero denominator, which it drops.
-_NONSENSE = re.compile(
-    r"(?<!frac )(?<!frac)(?<![0-9._^])[0-9.]+ [0-9.]|\\\\ ?!|(?<!\\)![0-9]"
-    r"|\\frac ?(?:\{[^{}]*\}|[0-9]) ?(?:\{0+\}|0)|[0-9]_"
-)
 _MIXED = re.compile(r"(-?)([0-9]+) ([0-9]+) ?/ ?([0-9]+)")
 _SCIENTIFIC = re.compile(r"([-+]?[0-9]*\.?[0-9]+)[eE]([-+]?[0-9]+)")
 _BASE = re.compile(
@@ -253,11 +259,6 @@ def is_name(text: str) -> bool:
     return bool(set(letters) - constants) and not unknown
 
 
-def nonsense(text: str) -> bool:
-    """Return whether a formula's text holds what math-verify reads and nobody means: "4 2", 0/0, ``!5``, ``42_07``."""
-    return _NONSENSE.search(text) is not None
-
-
 def _encloses(text: str, width: int) -> bool:
     """Return whether the bracket that opens a text closes at its end only."""
     closing = {"(": ")", "{": "}", "\\{": "\\}"}[text[:width]]
@@ -282,8 +283,3 @@ def _split(text: str, separator: re.Pattern) -> tuple[list[str], list[str]]:
             found.append(match[0])
             begin = match.end()
     return [*parts, text[begin:].strip()], found
-
-
-def words_of(text: str) -> str:
-    """Return an answer that is no formula without case, spaces and fonts."""
-    return re.sub(r"\s+", "", re.sub(r"\\text ?\{([^{}]*)\}", r"\1", normalize(text))).strip("()").lower()

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import lru_cache
 
-from rapo_verl.reward.answer import MAX_BOX, last_boxed, normalize, parse_integer, quick_verdict
-from rapo_verl.reward.pool import TaskDiedError, TaskTimeoutError, WorkerPool
+from rapo_verl.reward.answer import MAX_BOX, integer_verdict, last_boxed, normalize, parse_integer, quick_verdict
+from rapo_verl.reward.pool import WorkerPool
 from rapo_verl.reward.verdict import Verdict, VerifierSettings
 
-Key = tuple[str, str]
+Key = tuple[str, str | None]
 
 
 class Verifier:
@@ -27,8 +27,8 @@ class Verifier:
     def _reset(self) -> None:
         self._owner = os.getpid()
         self._lock = threading.Lock()
-        self._known: OrderedDict[Key, Verdict] = OrderedDict()
-        self._running: dict[Key, Future] = {}
+        # Comparisons done and under way, the least recently asked for first.
+        self._compared: OrderedDict[Key, Future] = OrderedDict()
         self.pool = WorkerPool(self.settings)
 
     def verify(self, response: str, ground_truth: str) -> tuple[Verdict, str | None]:
@@ -38,19 +38,13 @@ class Verifier:
             ValueError: ``ground_truth`` is empty, or no integer where only integers are to be right.
         """
         box = last_boxed(response)
-        verdict = self._at_once(ground_truth, box)
-        if verdict is None and box is not None:
-            verdict = self._compare((ground_truth, box)).result()
-        return verdict, box  # type: ignore[return-value]
+        return Verdict(self._check(ground_truth, box).result()), box
 
     async def verify_async(self, response: str, ground_truth: str) -> tuple[Verdict, str | None]:
         """Return what `verify` does; a slow comparison holds up neither the event loop nor its executor."""
         box = last_boxed(response)
-        verdict = self._at_once(ground_truth, box)
-        if verdict is None and box is not None:
-            # Shielded: the comparison may serve others, whose task was not cancelled.
-            verdict = await asyncio.shield(asyncio.wrap_future(self._compare((ground_truth, box))))
-        return verdict, box  # type: ignore[return-value]
+        # Shielded: the comparison may serve others, whose task was not cancelled.
+        return Verdict(await asyncio.shield(asyncio.wrap_future(self._check(ground_truth, box)))), box
 
     def verify_many(
         self, responses: Sequence[str], ground_truths: Sequence[str], *, retry: bool = True
@@ -68,22 +62,14 @@ class Verifier:
         """
         if len(responses) != len(ground_truths):
             raise ValueError(f"{len(responses)} responses but {len(ground_truths)} right answers")
-        boxes = [last_boxed(response) for response in responses]
-        found: dict[tuple[str, str | None], Verdict | None] = {}
-        waiting: dict[Key, Future] = {}
-        for gold, box in zip(ground_truths, boxes):
-            if (gold, box) not in found:
-                found[gold, box] = verdict = self._at_once(gold, box)
-                if verdict is None and box is not None:
-                    waiting[gold, box] = self._compare((gold, box))
-        for key, future in waiting.items():
-            found[key] = future.result()
-        if retry:
-            for key in [key for key in waiting if found[key] is Verdict.timeout]:
-                with self._lock:
-                    self._known.pop(key, None)
-                found[key] = self._compare(key).result()
-        return [(found[gold, box], box) for gold, box in zip(ground_truths, boxes)]  # type: ignore[misc]
+        keys = [(gold, last_boxed(response)) for gold, response in zip(ground_truths, responses)]
+        futures = {key: self._check(*key) for key in dict.fromkeys(keys)}
+        found = {key: Verdict(future.result()) for key, future in futures.items()}
+        for key in [key for key, verdict in found.items() if verdict is Verdict.timeout and retry]:
+            with self._lock:
+                self._compared.pop(key, None)
+            found[key] = Verdict(self._check(*key).result())
+        return [(found[key], key[1]) for key in keys]
 
     def kinds_of(self, ground_truths: Sequence[str]) -> list[str]:
         """Return what each right answer is read as.
@@ -93,81 +79,49 @@ class Verifier:
             into the limits).
         """
         kinds = {gold: "integer" if len(gold) <= MAX_BOX else "unreadable" for gold in ground_truths}
-        waiting: dict[str, Future] = {}
-        for gold in kinds:
-            if kinds[gold] == "integer" and parse_integer(normalize(gold)) is None:
-                waiting[gold] = self.pool.submit("kind_of", gold)
-        for gold, future in waiting.items():
-            try:
-                kinds[gold] = future.result()
-            except (TaskTimeoutError, TaskDiedError):
-                kinds[gold] = "unreadable"
+        asked = {
+            gold: self.pool.submit("kind_of", gold)
+            for gold, kind in kinds.items()
+            if kind == "integer" and parse_integer(normalize(gold)) is None
+        }
+        for gold, future in asked.items():
+            kind = future.result()
+            kinds[gold] = "unreadable" if kind in (Verdict.timeout, Verdict.error) else kind
         return [kinds[gold] for gold in ground_truths]
 
     def close(self) -> None:
         """End the worker processes; waiting checks are cancelled."""
         self.pool.close()
 
+    def _check(self, gold: str, box: str | None) -> Future:
+        """Return the future of a verdict: one that needs no process, a known one, one under way, or a new one."""
+        verdict = self._at_once(gold, box)
+        if verdict is not None:
+            future: Future = Future()
+            future.set_result(verdict)
+            return future
+        if self._owner != os.getpid():
+            # In a fork, the threads are gone and the connections are the parent's.
+            self._reset()
+        with self._lock:
+            known = self._compared.pop((gold, box), None)
+            if known is None or (known.done() and (known.cancelled() or known.exception() is not None)):
+                known = self.pool.submit("compare", gold, str(box), self.settings.strictness)
+            self._compared[gold, box] = known
+            while len(self._compared) > self.settings.cache_size:
+                self._compared.popitem(last=False)
+        return known
+
     def _at_once(self, gold: str, box: str | None) -> Verdict | None:
         """Return the verdict where no process is needed for it, else None."""
         if self.settings.strictness == "integer":
-            want = parse_integer(gold)
-            if want is None:
-                raise ValueError(f"ground truth {gold[:80]!r} is not an integer")
-            if box is None:
-                return Verdict.no_box
-            return Verdict.correct if parse_integer(box) == want else Verdict.wrong
+            return integer_verdict(gold, box)
         if len(gold) > MAX_BOX:
             raise ValueError(f"ground truth {gold[:80]!r}... has {len(gold)} characters; allowed: {MAX_BOX}")
         wanted = normalize(gold)
         if not wanted:
             raise ValueError(f"ground truth {gold!r} is empty")
-        if box is None:
-            return Verdict.no_box
-        return quick_verdict(wanted, normalize(box))
-
-    def _compare(self, key: Key) -> Future:
-        """Return the future of a verdict: a known one, one under way, or a new one."""
-        if self._owner != os.getpid():
-            # In a fork, the threads are gone and the connections are the parent's.
-            self._reset()
-        future: Future = Future()
-        with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-                future.set_result(self._known[key])
-                return future
-            if key in self._running:
-                return self._running[key]
-            self._running[key] = future
-        task = self.pool.submit("compare", *key, self.settings.strictness)
-        task.add_done_callback(lambda done: self._finish(key, done, future))
-        return future
-
-    def _finish(self, key: Key, done: Future, future: Future) -> None:
-        if done.cancelled():
-            with self._lock:
-                del self._running[key]
-            future.cancel()
-            return
-        error = done.exception()
-        verdict = None
-        if error is None:
-            verdict = Verdict.correct if done.result() else Verdict.wrong
-        elif isinstance(error, TaskTimeoutError):
-            verdict = Verdict.timeout
-        elif isinstance(error, TaskDiedError):
-            verdict = Verdict.error
-        with self._lock:
-            del self._running[key]
-            if verdict is not None:
-                self._known[key] = verdict
-                while len(self._known) > self.settings.cache_size:
-                    self._known.popitem(last=False)
-        if verdict is None:
-            future.set_exception(error)
-        else:
-            future.set_result(verdict)
+        return Verdict.no_box if box is None else quick_verdict(wanted, normalize(box))
 
 
 @lru_cache(maxsize=8)
