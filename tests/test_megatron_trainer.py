@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from megatron_cpu import recipe_on_cpu
 from omegaconf import DictConfig, OmegaConf, open_dict
+from reference_answers import write_answers
 from test_runs import SMALL
 
 from rapo_verl.run.checkpoints import read_checkpoints
@@ -58,11 +59,15 @@ def train(config: DictConfig, tmp_path: Path) -> list[dict]:
     return read_metrics(Path(config.run_dir))
 
 
-@pytest.mark.parametrize("estimator", ["bounded", "topk"])
+@pytest.mark.parametrize("estimator", ["bounded", "topk", "bounded, and reference answers"])
 def test_the_trainer_on_megatron_does_what_it_does_on_fsdp(toy_dir, tmp_path, estimator):
     overrides = ["experiment=toy_rapo_cpu", f"toy_dir={toy_dir}", *SMALL, "rapo.reference.phi_min=0.9",
-        f"rapo.forward_kl.estimator={estimator}", f"trainer.total_training_steps={STEPS}",
+        f"rapo.forward_kl.estimator={estimator.split(',')[0]}", f"trainer.total_training_steps={STEPS}",
         f"trainer.save_freq={STEPS}"]  # fmt: skip
+    if "answers" in estimator:
+        train_file, answers = write_answers(toy_dir, tmp_path / "reference")
+        overrides += [f"data.train_files={train_file}", f"rapo.forward_kl.samples={answers}",
+            "rapo.forward_kl.samples_coef=1.0"]  # fmt: skip
     folders = [tmp_path / name for name in ("fsdp", "megatron")]
     configs = [compose_config([*overrides, f"run_dir={folder}"]) for folder in folders]
     fsdp, megatron = train(configs[0], tmp_path), train(on_megatron(configs[1]), tmp_path)
@@ -72,4 +77,7 @@ def test_the_trainer_on_megatron_does_what_it_does_on_fsdp(toy_dir, tmp_path, es
         assert ours["rapo/forward_kl"] > 0 and 0 < ours["critic/score/mean"] < 1
         for name in COMPARED:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
+        name = "rapo/reference_answers/loss"
+        assert (name in ours) == ("answers" in estimator)
+        assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-4)
     assert [checkpoint.complete for checkpoint in read_checkpoints(folders[1] / "checkpoints")] == [True]

@@ -65,6 +65,30 @@ def test_comparison_chains_trainings_evaluations_and_report(tmp_path):
     assert lines[-1].endswith("--hard-from " + str(CLONE / "evals" / "compare_7b" / "base_draw2"))
 
 
+def test_comparison_samples_the_answers_before_the_training_that_reads_them(tmp_path):
+    clone = tmp_path / "clone"
+    shutil.copytree(CLONE / "slurm", clone / "slurm")
+
+    def lines():
+        done = subprocess.run(
+            [str(clone / "slurm" / "compare.sh"), "3b", "--answers", "--dry-run", "data.seed=3"],
+            capture_output=True, text=True, env={**os.environ, "RAPO_ENV_FILE": str(CLONE / "slurm" / "env.example")},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    folder = clone / "answers" / "qwen2.5_3b"
+    assert str(folder).endswith(compose_config(["experiment=qwen2.5_3b_rapo_answers"]).rapo.forward_kl.samples)
+    chain = [line for line in lines() if "answers" in line]
+    assert f"eval_passk.sh Qwen/Qwen2.5-3B {folder} --data data/simplerl-8k.parquet" in chain[0]
+    assert "afterok:<sample_answers>" in chain[1] and chain[1].endswith(f"slurm/reference_answers.sh {folder}")
+    assert "--dependency=singleton,afterok:<answers> slurm/qwen3b_rapo_answers.sh data.seed=3" in chain[2]
+    assert "afterok:<qwen3b_rapo_answers> slurm/eval_passk.sh" in chain[3]
+    folder.mkdir(parents=True)
+    (folder / "answers.parquet").touch()
+    assert "sbatch slurm/qwen3b_rapo_answers.sh data.seed=3" in lines()
+
+
 def accepted(tmp_path, script, *arguments, **environment):
     """Return what the real command line makes of the arguments that a script gives to launch.sh."""
     launcher = tmp_path / "slurm" / "launch.sh"
@@ -76,8 +100,11 @@ def accepted(tmp_path, script, *arguments, **environment):
     done = subprocess.run([CLONE / "slurm" / script, *arguments], capture_output=True, text=True, env=env)
     if done.returncode:
         return done.returncode, done.stderr
-    group, name, *args = done.stdout.splitlines()
-    command = typer.main.get_command(app).commands[group].commands[name]
+    name, *args = done.stdout.splitlines()
+    command = typer.main.get_command(app).commands[name]
+    if hasattr(command, "commands"):
+        name, *args = args
+        command = command.commands[name]
     return 0, command.make_context(name, args).params
 
 
@@ -107,6 +134,11 @@ def test_report_script_gives_what_the_command_takes(tmp_path):
     _, given = accepted(tmp_path, "eval_report.sh", "out", "base", "rapo", "--hard-from", "base_draw2")
     assert given["score"] and str(given["hard_from"]) == "base_draw2" and str(given["out"]) == "out"
     assert [str(path) for path in given["folders"]] == ["base", "rapo"]
+
+
+def test_answers_script_gives_what_the_command_takes(tmp_path):
+    _, given = accepted(tmp_path, "reference_answers.sh", "answers/base", "--strictness", "integer")
+    assert str(given["folder"]) == "answers/base" and given["strictness"] == "integer"
 
 
 @pytest.mark.parametrize("size", ["3b", "7b"])

@@ -92,7 +92,8 @@ class AnswerRows:
             keys=list(first.values()), partition_id=batch.partition_id, select_fields=["prompts", "index"]
         )
         order = sorted(range(len(first)), key=lambda i: int(data["index"][i]))
-        return [data["prompts"][i] for i in order]
+        prompts = data["prompts"].unbind()  # indexing a nested tensor splits it whole each time
+        return [prompts[i] for i in order]
 
     def _draw(self, prompts: list[torch.Tensor], step: int, *, per_prompt: float) -> tuple[list, int]:
         """Return (prompt, answer, weight) of each answer drawn, and how many prompts have any."""
