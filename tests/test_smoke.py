@@ -97,11 +97,15 @@ def test_smoke_names_the_log_of_a_stage_that_fails(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["qwen2.5_3b_rapo", "qwen2.5_3b_rapo_fsdp2"])
-def test_step_benchmark_gives_the_learning_rate_its_steps(bench, recipe):
+def test_step_benchmark_on_a_gpu_has_steps_for_the_learning_rate_and_compiles_nothing(bench, recipe, monkeypatch):
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: True)
     args = argparse.Namespace(recipe=recipe, rounds=2, overrides=["actor_rollout_ref.actor.optim.lr=1e-5"])
     actor = bench.configured(args, "model").actor_rollout_ref.actor
     assert actor.optim.total_training_steps == 12 and actor.optim.lr == 1e-5
-    assert actor.strategy != "megatron" or actor.megatron.tensor_model_parallel_size == 1
+    if actor.strategy == "megatron":
+        assert actor.megatron.tensor_model_parallel_size == 1
+    else:
+        assert not actor.fsdp_config.use_torch_compile
 
 
 def test_step_benchmark_prints_what_there_is_when_the_time_is_up(bench, capsys):
