@@ -78,7 +78,8 @@ def main() -> None:
     times: dict[str, list[float]] = {"batch: put": [], "batch: get": [], "answers: add": []}
     for number in range(args.rounds):
         keys = [f"{number}p{i // args.n}_{i % args.n}_0" for i in range(len(rows))]
-        tags = [{"prompt_len": PROMPT, "response_len": len(r["responses"]), "seq_len": len(r["input_ids"])} for r in rows]
+        lengths = [(len(row["responses"]), len(row["input_ids"])) for row in rows]
+        tags = [{"prompt_len": PROMPT, "response_len": response, "seq_len": whole} for response, whole in lengths]
         start = time.perf_counter()
         tq.kv_batch_put(keys=keys, partition_id="train", fields=fields, tags=tags)
         put = time.perf_counter()
