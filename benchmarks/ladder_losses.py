@@ -172,3 +172,31 @@ def _actor(settings: Settings) -> ActorConfig:
         strategy="fsdp2", rollout_n=settings.n, ppo_micro_batch_size_per_gpu=1, clip_ratio=CLIP, clip_ratio_low=CLIP,
         clip_ratio_high=CLIP, policy_loss=policy_loss,
     )  # fmt: skip
+
+
+def mixture_weights(ref_log_prob: torch.Tensor, old_log_prob: torch.Tensor, *, n: int, m: int) -> torch.Tensor:
+    r"""Return rho = (n + m) ref(y) / (n pi_old(y) + m ref(y)): the balance heuristic for n + m answers to a prompt.
+
+    For n answers of the old policy and m of the reference together, (1 / (n + m)) sum_i rho_i f(y_i) is an unbiased
+    estimate of E_ref[f], whoever gave y_i; with f = -log pi it has the forward KL's gradient, on- and off-policy. rho
+    is at most (n + m) / m, where ref / pi_old has no bound.
+
+    Args:
+        ref_log_prob: log ref(y) of whole answers, any shape, nats.
+        old_log_prob: log pi_old(y), same shape.
+        n: answers of the old policy, at least 0.
+        m: answers of the reference, at least 1.
+
+    Returns:
+        Same shape, at least fp32, detached.
+
+    Source: Veach and Guibas, SIGGRAPH 1995 (balance heuristic).
+    """
+    if m < 1 or n < 0:
+        raise ValueError(
+            f"n is {n} and m is {m}; allowed: n >= 0, m >= 1, since without answers of it rho is unbounded"
+        )
+    dtype = torch.promote_types(ref_log_prob.dtype, torch.float32)
+    # .detach(): a weight, not a term of the loss. exp may overflow to infinity: the weight is then 0, as it should be.
+    ratio = (old_log_prob.to(dtype) - ref_log_prob.to(dtype)).detach().exp()
+    return (n + m) / (m + n * ratio)

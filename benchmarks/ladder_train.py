@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from ladder_losses import Batch, Settings, advantages_of, answers_loss, rollout_loss
+from ladder_losses import Batch, Settings, advantages_of, answers_loss, mixture_weights, rollout_loss
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from rapo_verl.method.config import ReferenceConfig
-from rapo_verl.method.reference_answers import answer_shares, mixture_weights, token_weights
+from rapo_verl.method.reference_answers import answer_shares, token_weights
 from rapo_verl.method.reweighting import reward_to_phi
 from rapo_verl.reward import verify_integer
 from rapo_verl.toy.base_model import encode_prompts, encode_solutions

@@ -490,6 +490,31 @@ def test_each_form_composes_and_is_accepted(toy_dir, override):
     assert refusals(toy_dir, override) == []
 
 
+@pytest.mark.parametrize(
+    ("reading", "phi_min"), [("token", 0.25), ("unnormalized", 0.25), ("token", 1.0), ("unnormalized", 1.0)]
+)
+def test_reference_pass_that_knows_phi_gets_a_temperature_or_its_log_probs_are_multiplied(reading, phi_min):
+    worker = object.__new__(RapoWorker)
+    worker.rapo = RapoConfig(reference=ReferenceConfig(reading=reading, phi_min=phi_min))
+    rows = [torch.tensor([-1.5, -torch.inf]), torch.tensor([-0.7, 0.0, -9.0])]
+    seen = []
+
+    def reference_pass(data):
+        seen.append(data["temperature"])
+        return TensorDict({"log_probs": jagged(rows)}, batch_size=[2])
+
+    data = TensorDict({"rm_scores": jagged([torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0])])}, batch_size=[2])
+    tu.assign_non_tensor(data, temperature=TEMPERATURE)
+    output = worker._reweighted(reference_pass, data)
+    # Bit for bit: powers of two are exact, and phi = 1 changes nothing.
+    assert torch.equal(output["rapo_phi"], torch.tensor([phi_min, 1.0]))
+    tempered = reading == "token" and phi_min < 1
+    want = TEMPERATURE / torch.tensor([phi_min, 1.0]) if tempered else torch.tensor(TEMPERATURE)
+    assert torch.equal(torch.as_tensor(seen[0]), want)
+    factor = phi_min if reading == "unnormalized" else 1.0
+    assert torch.equal(output["log_probs"].values(), torch.cat([factor * rows[0], rows[1]]))
+
+
 @pytest.mark.parametrize("adapters", [True, False])
 def test_only_the_actor_without_its_adapters_is_reweighted(monkeypatch, adapters):
     # With LoRA veRL asks the actor for the reference (trainer_base.py:1703).

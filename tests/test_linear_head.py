@@ -16,7 +16,6 @@ from verl.utils import tensordict_utils as tu
 from rapo_verl.method.config import RapoConfig
 from rapo_verl.method.head import head
 from rapo_verl.method.linear_head import linear_head
-from rapo_verl.method.reweighting import reference_temperature
 from rapo_verl.run.compose import compose_config
 from rapo_verl.run.head_config import problems_of_head
 from rapo_verl.run.preflight import problems_of
@@ -148,7 +147,7 @@ def reference_pass(made, data) -> dict:
 def test_the_engine_gives_verls_log_probs_at_a_temperature_for_each_sample(remove_padding, tied):
     made, batch = engine(), Batch()
     made.module = model(tie_word_embeddings=tied)
-    temperature = reference_temperature(batch.phi, temperature=0.7, reading="token")
+    temperature = 0.7 / batch.phi
     data = batch.data(remove_padding=remove_padding, temperature=temperature)
     want = reference_pass(made, data)
     made.use_linear_head()

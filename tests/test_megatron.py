@@ -20,7 +20,7 @@ from verl.workers.engine import EngineRegistry, MegatronEngine, MegatronEngineWi
 
 from rapo_verl.evaluation.engines import CPU_ENVIRONMENT
 from rapo_verl.method.config import PER_TOKEN_ESTIMATORS, ForwardKLConfig, RapoConfig, ReferenceConfig
-from rapo_verl.method.reweighting import reference_temperature, reward_to_phi
+from rapo_verl.method.reweighting import reward_to_phi
 from rapo_verl.plan.memory import rank_parameters
 from rapo_verl.plan.model import shape_of
 from rapo_verl.run.compose import compose_config
@@ -157,7 +157,7 @@ class Truth:
 def reference_temperatures(reference: ReferenceConfig) -> torch.Tensor:
     """Return the temperature of each response's reference."""
     phi = reward_to_phi(torch.tensor(REWARDS), reference)
-    return reference_temperature(phi, temperature=TEMPERATURE, reading="token")
+    return TEMPERATURE / phi
 
 
 def run_ranks(truth: Truth, folder: Path, *, tensor: int, pipeline: int, resume: Path | None = None) -> list[dict]:

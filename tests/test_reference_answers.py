@@ -1,18 +1,18 @@
 """The forward KL from the reference's answers, by enumeration of every answer of a tiny vocabulary."""
 
 import itertools
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from rapo_verl.method.reference_answers import (
-    answer_shares,
-    drawn_shares,
-    mixture_weights,
-    reference_answers_loss,
-    token_weights,
-)
+from rapo_verl.method.reference_answers import answer_shares, drawn_shares, reference_answers_loss, token_weights
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from ladder_losses import mixture_weights
 
 LENGTH, VOCABULARY = 3, 3
 ANSWERS = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=LENGTH)))  # all 27

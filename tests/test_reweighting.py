@@ -1,4 +1,4 @@
-"""phi(r) at its ends and between them, and what its two readings make of the reference."""
+"""phi(r) at its ends and between them, and what its readings make of the reference."""
 
 import dataclasses
 import math
@@ -10,16 +10,7 @@ import torch.multiprocessing as mp
 
 from rapo_verl.method.config import PHI_SHAPES, READINGS, ReferenceConfig
 from rapo_verl.method.reference_tokens import phi_nodes, reference_tokens, tail_at
-from rapo_verl.method.reweighting import (
-    nucleus,
-    reference_temperature,
-    reward_to_phi,
-    reweight_log_prob,
-    reweight_tokens,
-)
-
-# Readings for which a pass that knows phi, and the sampled token alone, suffice.
-SAMPLED = ("token", "unnormalized")
+from rapo_verl.method.reweighting import nucleus, reward_to_phi, reweight_tokens
 
 
 def config(**changes) -> ReferenceConfig:
@@ -96,78 +87,20 @@ def test_unknown_shape_raises_with_the_allowed_names():
         reward_to_phi(torch.tensor([0.5]), config(phi="cubic"))
 
 
-# --- the two readings ---
-
-
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
-def test_token_reading_is_the_renormalised_power_of_the_reference(temperature):
+def test_token_reading_is_a_reference_pass_at_temperature_over_phi(temperature):
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(5, 7, 50, dtype=torch.float64, generator=generator)
     phi = torch.tensor([0.2, 0.5, 0.8, 0.9, 1.0])
-    divisor = reference_temperature(phi, temperature=temperature, reading="token")
-    assert divisor.shape == phi.shape and divisor.dtype == torch.float32
-    log_prob = torch.log_softmax(logits / divisor.double()[:, None, None], -1)
+    log_prob = torch.log_softmax(logits / (temperature / phi).double()[:, None, None], -1)
     # pi_ref is what the rollout samples from: softmax(logits / T). Its power phi, normalised over the vocabulary:
     power = phi.double()[:, None, None] * torch.log_softmax(logits / temperature, -1)
     want = power - power.logsumexp(-1, keepdim=True)
     # T / phi is rounded to fp32 (6e-8), times logits up to 20 / 0.6.
     torch.testing.assert_close(log_prob, want, rtol=0, atol=1e-5)
-    assert torch.equal(reweight_log_prob(log_prob, phi, reading="token"), log_prob)
-
-
-def test_token_reading_flattens_the_reference_of_a_low_reward():
-    logits = torch.tensor([[3.0, 0.0, -1.0]])
-    temperature = reference_temperature(torch.tensor([0.4]), temperature=1.0, reading="token")
-    plain, flat = (torch.softmax(logits / t, -1) for t in (1.0, temperature[:, None]))
-    assert flat.max() < plain.max() and flat.min() > plain.min()
-
-
-def test_unnormalized_reading_multiplies_the_log_prob():
-    generator = torch.Generator().manual_seed(0)
-    log_prob = -torch.rand(3, 6, generator=generator)
-    phi = torch.tensor([0.25, 0.5, 1.0])
-    assert torch.equal(reference_temperature(phi, temperature=0.7, reading="unnormalized"), torch.full((3,), 0.7))
-    got = reweight_log_prob(log_prob, phi, reading="unnormalized")
-    # Bit for bit: the powers of two are exact.
-    assert torch.equal(got, torch.stack([log_prob[0] / 4, log_prob[1] / 2, log_prob[2]]))
-
-
-def test_unnormalized_reading_broadcasts_over_further_dimensions():
-    log_prob = torch.arange(-12.0, 0.0).view(2, 2, 3)
-    got = reweight_log_prob(log_prob, torch.tensor([0.5, 1.0]), reading="unnormalized")
-    assert torch.equal(got, torch.stack([log_prob[0] / 2, log_prob[1]]))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_reweighting_keeps_the_dtype(dtype):
-    log_prob = torch.full((2, 3), -1.5, dtype=dtype)
-    for reading in SAMPLED:
-        assert reweight_log_prob(log_prob, torch.tensor([0.5, 1.0]), reading=reading).dtype == dtype
-
-
-@pytest.mark.parametrize("reading", SAMPLED)
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
-def test_phi_of_one_leaves_everything_bit_identical(reading, temperature):
-    generator = torch.Generator().manual_seed(0)
-    phi = torch.ones(4)
-    log_prob = -9 * torch.rand(4, 11, generator=generator)
-    log_prob[0, 0], log_prob[1, 1] = -math.inf, 0.0
-    divisor = reference_temperature(phi, temperature=temperature, reading=reading)
-    assert torch.equal(divisor, torch.full((4,), temperature))
-    assert torch.equal(reweight_log_prob(log_prob, phi, reading=reading), log_prob)
-
-
-def test_reweighting_does_not_mutate_its_input():
-    log_prob = torch.full((2, 3), -1.5)
-    reweight_log_prob(log_prob, torch.tensor([0.5, 0.5]), reading="unnormalized")
-    assert (log_prob == -1.5).all()
 
 
 def test_unknown_reading_raises_with_the_allowed_names():
-    with pytest.raises(ValueError, match=r"'nucleous'.*token, nucleus, unnormalized"):
-        reference_temperature(torch.ones(1), temperature=1.0, reading="nucleous")
-    with pytest.raises(ValueError, match=r"'nucleus'.*token, unnormalized"):
-        reweight_log_prob(torch.zeros(1, 1), torch.ones(1), reading="nucleus")
     with pytest.raises(ValueError, match=r"'nucleous'.*token, nucleus, unnormalized"):
         reweighted("nucleous", torch.ones(5))
 

@@ -42,7 +42,6 @@ from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
 
-from rapo_verl.method.reweighting import reference_temperature
 from rapo_verl.run.compose import compose_config
 from rapo_verl.run.modes import MODES
 from rapo_verl.training.guards import GuardMixin
@@ -724,7 +723,7 @@ def test_fsdp_engine_tempers_each_sample_by_its_own_temperature(remove_padding):
             "position_ids": torch.nested.nested_tensor_from_jagged(
                 torch.cat([torch.arange(n) for n in lengths]), offsets
             ),
-            "temperature": reference_temperature(phi, temperature=0.7, reading="token"),
+            "temperature": 0.7 / phi,
         },
         batch_size=[3],
     )

@@ -33,12 +33,9 @@ def pass_at_k(correct: ArrayLike, n: ArrayLike, k: int) -> FloatArray:
     that hold at least one right answer. Computed in float64; no factor is large, so nothing overflows at n = 2048.
 
     Args:
-        correct: Number of right samples c, integers, shape (P,).
-        n: Number of samples, an integer or integers of shape (P,).
-        k: Number of attempts, 1 <= k <= n.
-
-    Raises:
-        ValueError: No problem, a count that is no integer, c < 0, c > n, n < 1, k < 1 or k > n.
+        correct: right samples c, integers, shape (P,).
+        n: samples, an integer or integers of shape (P,).
+        k: attempts, 1 <= k <= n.
 
     Source: Chen et al. 2021, arXiv 2107.03374, equation 1 and figure 3.
     """
@@ -53,11 +50,7 @@ def pass_at_k_curve(correct: ArrayLike, n: ArrayLike, ks: Sequence[int]) -> Floa
 
 
 def exact_pass_at_k(p: ArrayLike, k: int) -> FloatArray:
-    """Return ``1 - (1 - p)^k`` (P,), the pass@k of known success probabilities (P,), computed without cancellation.
-
-    Raises:
-        ValueError: A p outside [0, 1], or k < 1.
-    """
+    """Return ``1 - (1 - p)^k`` (P,), the pass@k of known success probabilities (P,), computed without cancellation."""
     prob = np.asarray(p, dtype=np.float64)
     if not ((prob >= 0) & (prob <= 1)).all():
         raise ValueError(f"a success probability lies in [0, 1]; got {prob.min()} to {prob.max()}")
@@ -71,9 +64,6 @@ def default_ks(n: int) -> tuple[int, ...]:
     """Return 1, 2, 4, ... up to n // 2, which is always the last.
 
     Above n / 2 the subsets overlap so much that one sample decides the estimate: its spread hides any difference.
-
-    Raises:
-        ValueError: n < 1.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1; got {n}")
@@ -94,15 +84,12 @@ def mean_band(
     fails, on few problems and on rates of which a few decide the mean (docs/evaluating.md has the figures).
 
     Args:
-        correct: Number of right samples, integers, shape (P,).
-        n: Number of samples, an integer or shape (P,).
-        ks: The K numbers of attempts.
-        level: Probability content of each interval, in (0, 1).
-        draws: Number of random weights.
-        seed: The same seed gives the same band.
-
-    Raises:
-        ValueError: As for `pass_at_k`; level outside (0, 1); draws < 1.
+        correct: as for `pass_at_k`.
+        n: likewise.
+        ks: the K numbers of attempts.
+        level: probability content of each interval, in (0, 1).
+        draws: of the weights.
+        seed: of the weights.
     """
     values = np.stack([pass_at_k(correct, n, k) for k in ks], axis=1)
     _check_draws(level, draws)
@@ -140,16 +127,13 @@ def paired_difference(
     Where no problem tells the two apart, the interval is the exact bound on what P problems may have missed.
 
     Args:
-        correct_a: Right samples of the first model (P,).
-        correct_b: Of the second on the same problems in the same order, out of the same n.
-        n: Number of samples, an integer or shape (P,).
-        ks: The K numbers of attempts.
-        level: Probability content, in (0, 1).
-        draws: Bootstrap draws.
-        seed: Of the resampling.
-
-    Raises:
-        ValueError: As for `mean_band`; the two models have different numbers of problems.
+        correct_a: right samples of the first model (P,).
+        correct_b: of the second on the same problems in the same order, out of the same n.
+        n: as for `mean_band`, and so are the rest.
+        ks: numbers of attempts.
+        level: probability content.
+        draws: of the bootstrap.
+        seed: of the bootstrap.
     """
     a, sizes = _checked(correct_a, n, ks)
     b, _ = _checked(correct_b, n, ks)
@@ -178,9 +162,6 @@ def clopper_pearson(correct: ArrayLike, n: ArrayLike, *, level: float = 0.95) ->
     """Return the exact two-sided interval of each problem's success probability, low and high, each of shape (P,).
 
     It holds the truth with at least probability ``level`` whatever the truth; after 0 of 2048 its upper end is 0.0018.
-
-    Raises:
-        ValueError: As for `pass_at_k`; level outside (0, 1).
     """
     _check_draws(level, 1)
     c, sizes = _checked(correct, n, (1,))

@@ -15,20 +15,19 @@ import torch
 def answer_shares(counts: torch.Tensor, right: torch.Tensor, *, weight_of_wrong: float = 0.0) -> torch.Tensor:
     """Return each distinct answer's share of the reweighted reference: count * omega over their sum.
 
+    They sum to 1, or are all zero where no answer has a weight.
+
     Args:
         counts: how often the reference gave each answer to this prompt, shape (answers).
         right: bool, same shape.
         weight_of_wrong: omega of an answer that is not right, in [0, 1].
-
-    Returns:
-        Shape (answers), float64; sums to 1, or all zeros where no answer has a weight.
     """
     weights = counts.double() * torch.where(right, 1.0, float(weight_of_wrong))
     return weights / weights.sum() if weights.sum() > 0 else weights
 
 
 def drawn_shares(shares: torch.Tensor, k: int, uniform: float) -> torch.Tensor:
-    """Return the shares of at most k answers whose expectation over ``uniform`` is ``shares``.
+    """Return the shares of at most k answers, shape (answers), whose expectation over ``uniform`` is ``shares``.
 
     Where no more than k answers have a share, they are returned as they are. Else a systematic draw: one random
     number places k points at equal distances on the shares laid end to end, so that an answer of share p is drawn
@@ -38,9 +37,6 @@ def drawn_shares(shares: torch.Tensor, k: int, uniform: float) -> torch.Tensor:
         shares: of a prompt's answers, shape (answers), sum 1 or 0.
         k: at least 1.
         uniform: in [0, 1).
-
-    Returns:
-        Shape (answers), float64, at most k of them not zero.
     """
     if int((shares > 0).sum()) <= k:
         return shares
@@ -62,16 +58,10 @@ def token_weights(
     over answers of -log pi(y), ``seq-mean-token-sum-norm`` that over a constant.
 
     Args:
-        shares: of a prompt's answers, shape (answers).
+        shares: of a prompt's answers, shape (answers); the weight is zero where the share is.
         lengths: in tokens, same shape.
-        loss_agg_mode: verl's name.
+        loss_agg_mode: verl's name; ``token-sum`` is no mean and refused.
         horizon: the constant of ``seq-mean-token-sum-norm``, in tokens.
-
-    Returns:
-        Shape (answers), float64; zero where the share is.
-
-    Raises:
-        ValueError: no mean over sequences or tokens has this name (``token-sum`` is none).
     """
     lengths = lengths.double()
     if loss_agg_mode == "token-mean":
@@ -100,31 +90,3 @@ def reference_answers_loss(log_prob: torch.Tensor, mask: torch.Tensor, weights: 
     # NaN outside must not reach the arithmetic: nan * 0 is nan, in values and in gradients.
     log_prob = torch.where(kept, log_prob.to(torch.promote_types(log_prob.dtype, torch.float32)), 0.0)
     return -(weights.to(log_prob.dtype) * log_prob.sum(1)).sum()
-
-
-def mixture_weights(ref_log_prob: torch.Tensor, old_log_prob: torch.Tensor, *, n: int, m: int) -> torch.Tensor:
-    r"""Return rho = (n + m) ref(y) / (n pi_old(y) + m ref(y)): the balance heuristic for n + m answers to a prompt.
-
-    For n answers of the old policy and m of the reference together, (1 / (n + m)) sum_i rho_i f(y_i) is an unbiased
-    estimate of E_ref[f], whoever gave y_i; with f = -log pi it has the forward KL's gradient, on- and off-policy. rho
-    is at most (n + m) / m, where ref / pi_old has no bound.
-
-    Args:
-        ref_log_prob: log ref(y) of whole answers, any shape, nats.
-        old_log_prob: log pi_old(y), same shape.
-        n: answers of the old policy, at least 0.
-        m: answers of the reference, at least 1.
-
-    Returns:
-        Same shape, at least fp32, detached.
-
-    Source: Veach and Guibas, SIGGRAPH 1995 (balance heuristic).
-    """
-    if m < 1 or n < 0:
-        raise ValueError(
-            f"n is {n} and m is {m}; allowed: n >= 0, m >= 1, since without answers of it rho is unbounded"
-        )
-    dtype = torch.promote_types(ref_log_prob.dtype, torch.float32)
-    # .detach(): a weight, not a term of the loss. exp may overflow to infinity: the weight is then 0, as it should be.
-    ratio = (old_log_prob.to(dtype) - ref_log_prob.to(dtype)).detach().exp()
-    return (n + m) / (m + n * ratio)

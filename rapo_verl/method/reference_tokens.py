@@ -47,8 +47,8 @@ def tail_at(log_tail: torch.Tensor, phi: torch.Tensor, nodes: tuple[float, ...])
     """Return log sum of p^phi over the tail at any phi, from its values at ``nodes``.
 
     Args:
-        log_tail: shape (n, nodes), float, nats.
-        phi: shape (n,), float, between the first and the last node.
+        log_tail: shape (n, nodes), nats.
+        phi: shape (n,), between the first and the last node.
         nodes: as `phi_nodes` gave them to the reference pass.
 
     Returns:
@@ -80,20 +80,17 @@ def reference_tokens(
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
 ) -> ReferenceTokens:
-    """Return what `rapo_verl.method.reweighting` needs of each token of a reference pass.
+    """Return what `rapo_verl.method.reweighting` needs of each of the n tokens of a reference pass.
 
     Args:
-        logits: shape (n, vocabulary) or this rank's equal share of its columns; float, not changed.
+        logits: shape (n, vocabulary) or this rank's equal share of its columns; not changed.
         labels: sampled token, shape (n,), int.
-        k: how many tokens to name, at most the vocabulary.
+        k: how many tokens to name.
         temperature: T > 0 of the rollout, a number or shape (n,).
         nodes: values of phi for the tail, 1 first.
         rows: bool, shape (n,): tokens that count; the others come back as zeros.
         group: process group over whose ranks, in order, the columns are split.
         chunk_rows: tokens per chunk; a choice by device where None.
-
-    Returns:
-        `ReferenceTokens` of all n rows.
 
     Raises:
         ValueError: k outside 1..vocabulary; a token with non-finite logits, named with its row.
@@ -121,8 +118,10 @@ def reference_tokens(
     return out
 
 
-def _chunk(z, labels, k, nodes, group, start) -> tuple[torch.Tensor, ...]:
-    """Return the fields of `ReferenceTokens` for scaled logits z (c, columns); eats z."""
+def _chunk(
+    z: torch.Tensor, labels: torch.Tensor, k: int, nodes: tuple[float, ...], group: dist.ProcessGroup | None, start: int
+) -> ReferenceTokens:
+    """Return the same for scaled logits z (c, columns), of which the first is ``start`` of the vocabulary; eats z."""
     peak = z.amax(-1)
     if group is not None:
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
@@ -134,21 +133,25 @@ def _chunk(z, labels, k, nodes, group, start) -> tuple[torch.Tensor, ...]:
         log_prob, ids = (_gathered(x, group) for x in (log_prob, ids))
         log_prob, order = log_prob.topk(k, 1)
         ids = ids.gather(1, order)
-    local = labels[:, None] - start
-    inside = (local >= 0) & (local < z.shape[1])
-    packed = [torch.where(inside, z.gather(1, torch.where(inside, local, 0)), 0)]
-    local = ids - start
-    inside = (local >= 0) & (local < z.shape[1])
-    # A minimum: an id of another shard, put on column 0, must not undo what belongs there.
-    bound = torch.where(inside, -torch.inf, torch.inf).to(z.dtype)
-    z.scatter_reduce_(1, torch.where(inside, local, 0), bound, "amin")
-    packed += [(z * phi).exp_().sum(1, keepdim=True) for phi in nodes]
-    sums = torch.cat(packed, 1)
+    column, here = _columns(labels[:, None] - start, z.shape[1])
+    label = torch.where(here, z.gather(1, column), 0)
+    # Named tokens leave the tail. A minimum: an id of another shard, put on column 0, must not undo what belongs there.
+    column, here = _columns(ids - start, z.shape[1])
+    z.scatter_reduce_(1, column, torch.where(here, -torch.inf, torch.inf).to(z.dtype), "amin")
+    tails = [(z * phi).exp_().sum(1, keepdim=True) for phi in nodes]
+    sums = torch.cat([label, *tails], 1)  # one reduction for both
     if group is not None:
         dist.all_reduce(sums, group=group)
-    log_mass = (sums[:, 1] + log_prob.exp().sum(1)).log()[:, None]
-    log_tail = sums[:, 1:].log() - torch.tensor(nodes, dtype=z.dtype, device=z.device) * log_mass
-    return sums[:, 0] - log_mass[:, 0], ids, log_prob - log_mass, log_tail
+    label, tail = sums[:, :1], sums[:, 1:]
+    log_mass = (tail[:, :1] + log_prob.exp().sum(1, keepdim=True)).log()
+    log_tail = tail.log() - torch.tensor(nodes, dtype=z.dtype, device=z.device) * log_mass
+    return ReferenceTokens((label - log_mass)[:, 0], ids, log_prob - log_mass, log_tail)
+
+
+def _columns(columns: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the columns, 0 for those that are not in this shard, and which are."""
+    here = (columns >= 0) & (columns < width)
+    return torch.where(here, columns, 0), here
 
 
 def _gathered(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

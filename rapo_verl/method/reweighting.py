@@ -11,9 +11,9 @@ next-token distribution at the rollout's temperature (docs/forward-kl.md says wh
   nucleus is the smallest set of most likely tokens with mass ``top_p``, of ``top_k`` tokens at most.
 * ``unnormalized``: log pi_hat = phi * log pi_ref of the sampled tokens, the normaliser dropped.
 
-Two ways to it. Where a reference pass knows phi and only the sampled tokens count, `reference_temperature` and
-`reweight_log_prob` suffice (``token``, ``unnormalized``). `reweight_tokens` gives all readings, for the sampled and for
-the named tokens, from a reference pass that knows no phi (`rapo_verl.method.reference_tokens`).
+Two ways to it. Where a reference pass knows phi and only the sampled tokens count, `rapo_verl.training.worker` runs it
+at T / phi (``token``) or multiplies its log-probs (``unnormalized``). `reweight_tokens` gives all readings, for the
+sampled and for the named tokens, from a pass that knows no phi (`rapo_verl.method.reference_tokens`).
 """
 
 import torch
@@ -31,11 +31,11 @@ def reward_to_phi(reward: torch.Tensor, config: ReferenceConfig) -> torch.Tensor
     phi_min.
 
     Args:
-        reward: scalar reward of each response, shape (batch,), float, finite.
+        reward: of each response, shape (batch,).
         config: the shape of phi and its bounds.
 
     Returns:
-        phi, shape (batch,), fp32, no unit.
+        Shape (batch,), fp32.
 
     Raises:
         ValueError: a reward that is not finite, named with its row; an unknown shape.
@@ -57,65 +57,6 @@ def reward_to_phi(reward: torch.Tensor, config: ReferenceConfig) -> torch.Tensor
     return torch.where(u == 1, torch.ones_like(u), config.phi_min + (1 - config.phi_min) * u)
 
 
-def response_phi(rm_scores: torch.Tensor, config: ReferenceConfig) -> torch.Tensor:
-    """Return phi of each response from veRL's per-token rewards: phi(sum over the response).
-
-    Args:
-        rm_scores: jagged (batch, response), veRL's field of that name; a verifier's reward sits on the last token.
-        config: the shape of phi and its bounds.
-
-    Returns:
-        phi, shape (batch,), fp32, no unit.
-
-    Raises:
-        ValueError: a reward that is not finite.
-    """
-    return reward_to_phi(torch.stack([row.sum() for row in rm_scores.unbind()]), config)
-
-
-def reference_temperature(phi: torch.Tensor, *, temperature: float, reading: str) -> torch.Tensor:
-    """Return the temperature of the reference pass for each sample.
-
-    Args:
-        phi: shape (batch,), fp32, in (0, 1].
-        temperature: sampling temperature T of the rollout, > 0.
-        reading: "token" (T / phi), "nucleus" or "unnormalized" (T).
-
-    Returns:
-        Shape (batch,), fp32.
-
-    Raises:
-        ValueError: an unknown reading.
-    """
-    if reading == "token":
-        return temperature / phi
-    if reading in ("nucleus", "unnormalized"):
-        return torch.full_like(phi, temperature)
-    raise ValueError(f"unknown reading {reading!r}; allowed: token, nucleus, unnormalized")
-
-
-def reweight_log_prob(ref_log_prob: torch.Tensor, phi: torch.Tensor, *, reading: str) -> torch.Tensor:
-    """Return log pi_hat_ref of the sampled tokens from the reference pass at `reference_temperature`.
-
-    Args:
-        ref_log_prob: nats, shape (batch, ...), from the reference pass; masked positions may hold anything.
-        phi: shape (batch,), broadcast over the rest.
-        reading: "token" (already tempered: returned unchanged) or "unnormalized" (phi * log pi_ref).
-
-    Returns:
-        Nats, shape and dtype of ``ref_log_prob``.
-
-    Raises:
-        ValueError: an unknown reading, or "nucleus", which needs more than the sampled token.
-    """
-    if reading == "token":
-        return ref_log_prob
-    if reading == "unnormalized":
-        shape = (-1,) + (1,) * (ref_log_prob.dim() - 1)
-        return ref_log_prob * phi.view(shape).to(ref_log_prob.dtype)
-    raise ValueError(f"unknown reading {reading!r}; allowed: token, unnormalized")
-
-
 def nucleus(log_prob: torch.Tensor, top_p: float) -> torch.Tensor:
     """Return which of the named tokens belong to the nucleus: the fewest most likely ones with mass ``top_p``.
 
@@ -125,9 +66,6 @@ def nucleus(log_prob: torch.Tensor, top_p: float) -> torch.Tensor:
 
     Returns:
         bool, shape (n, k); the first is always in.
-
-    Raises:
-        ValueError: top_p outside (0, 1].
     """
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; allowed: (0, 1]")

@@ -21,7 +21,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from rapo_verl.method.config import PER_TOKEN_ESTIMATORS, RapoConfig, rapo_config_from
 from rapo_verl.method.reference_tokens import ReferenceTokens, phi_nodes
-from rapo_verl.method.reweighting import reference_temperature, response_phi, reweight_log_prob, reweight_tokens
+from rapo_verl.method.reweighting import reward_to_phi, reweight_tokens
 from rapo_verl.run.head_config import fast_head
 from rapo_verl.training.answers import ROWS, with_reference_answers
 from rapo_verl.training.engine import FIELDS, HeadSwitch, response_positions
@@ -105,23 +105,23 @@ class RapoWorker(DetachActorWorker):
         if not self.rapo.enabled:
             return reference_pass(data)
         reference = self.rapo.reference
-        phi = response_phi(data["rm_scores"], reference)
+        phi = reward_to_phi(torch.stack([row.sum() for row in data["rm_scores"].unbind()]), reference)
         temperature = tu.get_non_tensor_data(data, "temperature", default=None)
         if self.rapo.exports_tokens:
             k = 0 if self.rapo.forward_kl.estimator == "full" else reference.top_k
             tu.assign_non_tensor(data, rapo_top_k=k, rapo_phi_min=reference.phi_min)
         elif self.rapo.per_sample_temperature:
             del data["temperature"]
-            data["temperature"] = reference_temperature(phi, temperature=temperature, reading=reference.reading)
+            data["temperature"] = temperature / phi
         output = reference_pass(data)
         if output is None:
             return None
         if self.rapo.exports_tokens:
             output = reweighted_output(output, data, phi.cpu(), self.rapo)
         elif reference.reading == "unnormalized":
-            rows = [reweight_log_prob(x[None], p[None], reading=reference.reading)[0]
-                    for x, p in zip(output["log_probs"], phi)]  # fmt: skip
-            output["log_probs"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+            log_probs, offsets = output["log_probs"].values(), output["log_probs"].offsets()
+            log_probs = log_probs * phi.to(log_probs).repeat_interleave(offsets.diff())
+            output["log_probs"] = torch.nested.nested_tensor_from_jagged(log_probs, offsets)
         output[PHI] = phi.cpu()  # for the loss to log
         return output
 
