@@ -20,9 +20,10 @@ from pathlib import Path
 import psutil
 
 from rapo_verl.evaluation.engines import CPU_ENVIRONMENT, EngineSpec, VllmEngine, has_gpu
-from rapo_verl.evaluation.generate import Request, generate
-from rapo_verl.evaluation.session import read_subject
+from rapo_verl.evaluation.generate import Draw, Request, generate
+from rapo_verl.evaluation.session import read_plan
 from rapo_verl.evaluation.spec import Sampling
+from rapo_verl.evaluation.store import Store
 
 
 class Clock:
@@ -90,11 +91,12 @@ def ours(spec: EngineSpec, draw) -> tuple[int, float, float]:
 def one(args: argparse.Namespace) -> None:
     """Measure one side and print it as JSON."""
     sampling = Sampling(max_tokens=24, logprobs=args.logprobs)
-    subject = read_subject(str(args.toy_dir / "model"), [args.toy_dir / "eval.parquet"], sampling, limit=args.problems)
-    spec = EngineSpec(str(subject.folder), subject.longest)
+    model, files = args.toy_dir / "model", [args.toy_dir / "eval.parquet"]
+    plan = read_plan(str(model), files, sampling, n=args.n, limit=args.problems)
+    spec = EngineSpec(str(model), plan.longest)
     with tempfile.TemporaryDirectory() as folder:
-        draw = subject.draw(Path(folder), n=args.n)
-        tokens, seconds, busy = bare(spec, draw.plan) if args.side == "bare" else ours(spec, draw)
+        draw = Draw(plan, Store.create(Path(folder), plan))
+        tokens, seconds, busy = bare(spec, plan) if args.side == "bare" else ours(spec, draw)
     print(json.dumps({"tokens": tokens, "seconds": seconds, "busy": busy}))
 
 

@@ -4,9 +4,9 @@ import pyarrow.parquet as pq
 
 from rapo_verl.evaluation.collect import collect_answers
 from rapo_verl.evaluation.score import score
-from rapo_verl.evaluation.session import read_subject
+from rapo_verl.evaluation.session import read_plan
 from rapo_verl.evaluation.spec import Sampling
-from rapo_verl.evaluation.store import Samples
+from rapo_verl.evaluation.store import Samples, Store
 from rapo_verl.reward import VerifierSettings
 
 PROBLEMS = 8
@@ -27,11 +27,11 @@ def write_answers(toy_dir, folder, *, token_ids=True):
     folder.mkdir()
     train = folder / "train.parquet"
     pq.write_table(pq.read_table(toy_dir / "train.parquet").slice(0, PROBLEMS), train)
-    subject = read_subject(str(toy_dir / "model"), [train], Sampling(max_tokens=24, token_ids=token_ids))
-    draw = subject.draw(folder / "answers", n=4, shard=4)
+    plan = read_plan(str(toy_dir / "model"), [train], Sampling(max_tokens=24, token_ids=token_ids), n=4, shard=4)
+    store = Store.create(folder / "answers", plan)
     tokenizer = AutoTokenizer.from_pretrained(toy_dir / "model")
-    for job in draw.plan.jobs:
-        gold = subject.problems[job.problem].gold
+    for job in plan.jobs:
+        gold = plan.problems[job.problem].gold
         texts = [right_answer(gold, letter) for letter in "abbc"]
         if job.problem == 0:
             texts = ["a123b456", "none", "none", "z"]
@@ -41,8 +41,8 @@ def write_answers(toy_dir, folder, *, token_ids=True):
             texts[0] = "a" * 30 + texts[0]
         ids = [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in texts]
         kept = ids if token_ids else None
-        draw.store.write(job, Samples([len(i) for i in ids], ["stop"] * 4, [None] * 4, texts, kept))
-    score(draw.store, VerifierSettings(strictness="integer", workers=1), jobs=1)
+        store.write(job, Samples([len(i) for i in ids], ["stop"] * 4, [None] * 4, texts, kept))
+    score(store, VerifierSettings(strictness="integer", workers=1), jobs=1)
     if token_ids:
-        collect_answers(draw.store)
+        collect_answers(store)
     return train, folder / "answers"

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from rapo_verl import Refused
-from rapo_verl.evaluation.engines import CPU_ENVIRONMENT, EngineSpec, RayEngine, RayFleet
-from rapo_verl.evaluation.generate import EngineLostError
-from rapo_verl.evaluation.session import generate_draws, read_subject
+from rapo_verl.evaluation.engines import CPU_ENVIRONMENT, EngineSpec, RayEngine, ray_fleet
+from rapo_verl.evaluation.generate import Draw, EngineLostError
+from rapo_verl.evaluation.session import generate_draws, read_plan
 from rapo_verl.evaluation.spec import Sampling
 from rapo_verl.evaluation.store import Store
 from rapo_verl.run.export import resolve_model
@@ -85,11 +85,11 @@ def test_killed_ray_engine_is_replaced_and_two_share_the_queue(toy_dir, tmp_path
 
     monkeypatch.setattr("rapo_verl.evaluation.generate.POLL_S", 0.5)
     sampling = Sampling(max_tokens=24)
-    subject = read_subject(str(toy_dir / "model"), [toy_dir / "eval.parquet"], sampling, limit=12)
-    draw = subject.draw(tmp_path / "base", n=1024, shard=32)
+    plan = read_plan(str(toy_dir / "model"), [toy_dir / "eval.parquet"], sampling, n=1024, shard=32, limit=12)
+    draw = Draw(plan, Store.create(tmp_path / "base", plan))
     ray.init(num_cpus=3, num_gpus=0, include_dashboard=False, log_to_driver=False)
     try:
-        fleet = RayFleet(EngineSpec(str(subject.folder), subject.longest), engines=2)
+        fleet = ray_fleet(EngineSpec(plan.notes["weights"], plan.longest), engines=2)
         started = []
 
         def watched(alive):
@@ -113,12 +113,12 @@ def test_cross_logprob_equals_a_plain_forward_pass(toy_dir, tmp_path):
     from rapo_verl.evaluation.store import Samples
 
     model = toy_dir / "model"
-    subject = read_subject(str(model), [toy_dir / "eval.parquet"], Sampling(max_tokens=24), limit=3)
-    draw = subject.draw(tmp_path / "base", n=4, shard=4)
-    for job in draw.plan.jobs:
-        gold = subject.problems[job.problem].gold
+    plan = read_plan(str(model), [toy_dir / "eval.parquet"], Sampling(max_tokens=24), n=4, shard=4, limit=3)
+    store = Store.create(tmp_path / "base", plan)
+    for job in plan.jobs:
+        gold = plan.problems[job.problem].gold
         texts = [f"a{gold[:3]}{letter}{gold[3:]}\\boxed{{{gold}}}" for letter in "abcd"]
-        draw.store.write(job, Samples([23] * 4, ["stop"] * 4, [None] * 4, texts))
+        store.write(job, Samples([23] * 4, ["stop"] * 4, [None] * 4, texts))
     subprocess.run(command("score", tmp_path / "base", "--strictness", "integer"), check=True)
     out = tmp_path / "cross.json"
     wish = command("cross-logprob", tmp_path / "base", "--model", model, "--out", out)
@@ -127,9 +127,9 @@ def test_cross_logprob_equals_a_plain_forward_pass(toy_dir, tmp_path):
     found = json.loads(out.read_text())
     assert found["responses"] == 12
     tokenizer, plain = AutoTokenizer.from_pretrained(model), Qwen2ForCausalLM.from_pretrained(model).eval()
-    for i, problem in enumerate(subject.problems):
+    for i, problem in enumerate(plan.problems):
         prompt = encode_prompts(tokenizer, [problem.messages[0]["content"]])
-        texts = Store.open(tmp_path / "base").read(draw.store.shard_path(i, 0))["text"].to_pylist()
+        texts = store.read(store.shard_path(i, 0))["text"].to_pylist()
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
         want = response_log_prob(plain, prompt, ids)
         got = torch.tensor([r["log_prob"] for r in found["records"] if r["problem"] == problem.id], dtype=torch.float64)

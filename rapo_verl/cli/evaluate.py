@@ -62,10 +62,11 @@ def eval_generate(
 
     Example: rapo eval generate --model runs/toy_rapo_cpu --data aime24.parquet --out evals/rapo --n 64
     """
-    from rapo_verl.evaluation.engines import EngineSpec, LocalFleet, RayFleet
-    from rapo_verl.evaluation.generate import GenerationError
-    from rapo_verl.evaluation.session import generate_draws, read_subject
+    from rapo_verl.evaluation.engines import EngineSpec, local_fleet, ray_fleet
+    from rapo_verl.evaluation.generate import Draw, GenerationError
+    from rapo_verl.evaluation.session import generate_draws, read_plan
     from rapo_verl.evaluation.spec import Sampling
+    from rapo_verl.evaluation.store import Store
 
     if preset not in PRESETS:
         raise Refused(f"--preset is {preset!r}; allowed: {', '.join(PRESETS)}")
@@ -79,12 +80,11 @@ def eval_generate(
         raise Refused(f"--part is {part!r}; allowed: i/count with 0 <= i < count")
     samples = int(chosen.pop("n"))
     sampling = Sampling(**chosen, stop_token_ids=tuple(stop_id or ()), logprobs=logprobs, token_ids=token_ids)  # type: ignore[arg-type]
-    subject = read_subject(model, [*data, *(more or [])], sampling, limit=limit)
-    print(f"model: {subject.model}", flush=True)
-    sampled = subject.draw(out, n=samples, draw=draw, shard=shard)
-    sampled.part = int(index), int(count)
+    plan = read_plan(model, [*data, *(more or [])], sampling, n=samples, draw=draw, shard=shard, limit=limit)
+    print(f"model: {plan.notes['model']}", flush=True)
+    sampled = Draw(plan, Store.create(out, plan), (int(index), int(count)))
     options = {key: _value(value) for key, value in (text.split("=", 1) for text in engine_arg or [])}
-    spec = EngineSpec(str(subject.folder), subject.longest, tensor_parallel, options)
+    spec = EngineSpec(plan.notes["weights"], plan.longest, tensor_parallel, options)
     if ray is not None:
         import ray as cluster
 
@@ -92,7 +92,7 @@ def eval_generate(
             cluster.init(address="auto" if ray == "auto" else "local", log_to_driver=False)
         except ConnectionError as error:
             raise Refused(f"--ray {ray}: {error}") from error
-    fleet = LocalFleet(spec) if ray is None else RayFleet(spec, engines=engines)
+    fleet = local_fleet(spec) if ray is None else ray_fleet(spec, engines=engines)
     try:
         damaged = generate_draws([sampled], fleet, label=out.name)
     except GenerationError as error:
@@ -103,7 +103,7 @@ def eval_generate(
     if int(count) > 1:
         print(f"{out}: part {part} is complete; the others are made by other processes")
         return
-    print(f"{out}: {samples} samples of each of {len(subject.problems)} problems; next: rapo eval score {out}")
+    print(f"{out}: {samples} samples of each of {len(plan.problems)} problems; next: rapo eval score {out}")
 
 
 def _score(folders: list[Path], strictness: str, deadline: float, jobs: int | None) -> None:
@@ -218,12 +218,13 @@ def eval_watch(
 
     Example: rapo eval watch evals/rapo
     """
-    from rapo_verl.evaluation.watch import Watcher, describe
+    from rapo_verl.evaluation.store import Store
+    from rapo_verl.evaluation.watch import look
 
-    watcher = Watcher(folder)
+    store = Store.open(folder)
     while True:
-        state = watcher.look()
-        print(describe(state), flush=True)
+        state = look(store)
+        print(state, flush=True)
         if every <= 0 or state.done == state.total:
             return
         time.sleep(every)

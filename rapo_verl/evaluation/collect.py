@@ -26,7 +26,7 @@ def collect_answers(store: Store) -> Path:
         raise Refused(f"{store.folder}: its samples have no tokens; draw them with `rapo eval generate --token-ids`")
     problems = [Problem(**{**row, "messages": tuple(row["messages"])}) for row in store.problems]
     weights = Path(manifest["notes"]["weights"])
-    prompts, _, _ = load_prompts(weights, problems, manifest["sampling"]["max_tokens"])
+    prompts, _ = load_prompts(weights, problems, manifest["sampling"]["max_tokens"])
     if prompts_sha256(prompts) != manifest["prompts_sha256"]:
         raise Refused(f"{weights} makes other prompts than {store.folder} was drawn with: its tokenizer has changed")
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from rapo_verl import Refused
-from rapo_verl.evaluation.generate import Engine, EngineLostError, Request
+from rapo_verl.evaluation.generate import Engine, EngineLostError, Fleet, Request
 from rapo_verl.evaluation.guard import guard
 from rapo_verl.evaluation.store import Samples
 
@@ -145,15 +145,9 @@ class VllmEngine:
         self._guard.communicate()
 
 
-class LocalFleet:
-    """One engine in this process; a new one if it dies."""
-
-    def __init__(self, spec: EngineSpec):
-        self.spec = spec
-
-    def __call__(self, alive: Sequence[Engine]) -> list[Engine]:
-        """Return the engine if none lives."""
-        return [] if alive else [VllmEngine(self.spec)]
+def local_fleet(spec: EngineSpec) -> Fleet:
+    """Return a fleet of one engine in this process, and a new one if it dies."""
+    return lambda alive: [] if alive else [VllmEngine(spec)]
 
 
 class RayEngine:
@@ -188,44 +182,37 @@ class RayEngine:
         ray.kill(self._handle)
 
 
-class RayFleet:
-    """As many engines as the cluster has room for: one per ``tensor_parallel`` GPUs of a node, or a number on CPUs.
+def ray_fleet(spec: EngineSpec, *, engines: int = 0) -> Fleet:
+    """Return a fleet on the Ray cluster, which is initialised: as many engines as it has room for.
 
-    Nodes that join are used at the next look, those that leave take their engines with them. Ray is initialised.
+    One for every ``tensor_parallel`` GPUs of a node, or a number on CPUs. Nodes that join are used at the next look,
+    those that leave take their engines with them.
+
+    Args:
+        spec: of each engine.
+        engines: at most so many; 0: as many as fit, which needs GPUs.
     """
+    import ray
 
-    def __init__(self, spec: EngineSpec, *, engines: int = 0):
-        """Take at most ``engines`` engines, 0: as many as fit."""
-        self.spec = spec
-        self.engines = engines
-        self.on_gpus = self._room() > 0
-        if not self.on_gpus and engines < 1:
-            raise Refused(
-                f"no node of the Ray cluster has {spec.tensor_parallel} GPU(s); wait until one has joined, or give "
-                "--engines N for N engines on processors"
-            )
-
-    def _room(self) -> int:
-        import ray
-
+    def room() -> int:
         gpus = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
-        return sum(int(count) // self.spec.tensor_parallel for count in gpus)
+        return sum(int(count) // spec.tensor_parallel for count in gpus)
 
-    def __call__(self, alive: Sequence[Engine]) -> list[Engine]:
-        """Return engines for the room that is left; they start in the background."""
-        import ray
+    on_gpus = room() > 0
+    if not on_gpus and engines < 1:
+        raise Refused(
+            f"no node of the Ray cluster has {spec.tensor_parallel} GPU(s); wait until one has joined, or give "
+            "--engines N for N engines on processors"
+        )
+    resources = {"num_gpus": spec.tensor_parallel} if on_gpus else {"num_cpus": 1}
+    actor: Any = ray.remote(max_concurrency=1000, **resources)(VllmEngine)
+    actor = actor.options(runtime_env={"env_vars": {} if on_gpus else CPU_ENVIRONMENT})
 
-        room = self._room() if self.on_gpus else self.engines
-        wanted = min(self.engines or room, room)
-        resources = {"num_gpus": self.spec.tensor_parallel} if self.on_gpus else {"num_cpus": 1}
-        actor = ray.remote(max_concurrency=1000, **resources)(VllmEngine)
-        fresh = [
-            RayEngine(
-                actor.options(runtime_env={"env_vars": {} if self.on_gpus else CPU_ENVIRONMENT}).remote(self.spec),
-                self.spec.capacity,
-            )
-            for _ in range(wanted - len(alive))
-        ]
-        if fresh:
-            logger.info("%d engine(s) start on Ray, %d live", len(fresh), len(alive))
-        return list(fresh)
+    def fleet(alive: Sequence[Engine]) -> list[Engine]:
+        here = room() if on_gpus else engines
+        fresh = min(engines or here, here) - len(alive)
+        if fresh > 0:
+            logger.info("%d engine(s) start on Ray, %d live", fresh, len(alive))
+        return [RayEngine(actor.remote(spec), spec.capacity) for _ in range(fresh)]
+
+    return fleet

@@ -14,13 +14,10 @@ _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 
 def load_prompts(
     folder: Path, problems: Sequence[Problem], max_tokens: int
-) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...], int]:
-    """Return each problem's prompt as token ids, the ids that end a response, and the longest sequence to expect.
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """Return each problem's prompt as token ids, and the ids that end a response of this checkpoint.
 
-    Args:
-        folder: checkpoint with tokenizer and chat template.
-        problems: the problems.
-        max_tokens: of a response.
+    Refused: no tokenizer or template, or a model made for shorter sequences than prompt and ``max_tokens``.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -32,17 +29,16 @@ def load_prompts(
         raise Refused(f"{folder}: {error}") from error
     prompts = tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     prompt = max(map(len, prompts))
-    longest = prompt + max_tokens
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
+    if limit is not None and prompt + max_tokens > limit:
         mend = f"lower max_tokens to {limit - prompt}" if limit > prompt else "leave it out, or take another model"
         raise Refused(
             f"the longest prompt ({problems[[len(p) for p in prompts].index(prompt)].id!r}, {prompt} tokens) and "
-            f"max_tokens ({max_tokens}) need {longest} positions, the model has {limit}; {mend}"
+            f"max_tokens ({max_tokens}) need {prompt + max_tokens} positions, the model has {limit}; {mend}"
         )
     vocabulary = tokenizer.get_vocab()
     ends = {tokenizer.eos_token_id, *(vocabulary[token] for token in _END_TOKENS if token in vocabulary)}
     if (folder / "generation_config.json").is_file():
         stated = GenerationConfig.from_pretrained(folder).eos_token_id
         ends |= set(stated) if isinstance(stated, list) else {stated}
-    return prompts, tuple(sorted(ends - {None})), longest
+    return prompts, tuple(sorted(ends - {None}))

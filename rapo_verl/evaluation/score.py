@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from functools import cache
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -47,26 +48,6 @@ def score_path(store: Store, problem: int) -> Path:
     return store.folder / SCORES / f"{problem:05d}.parquet"
 
 
-def basis(store: Store, problem: int, settings: VerifierSettings) -> dict[str, Any]:
-    """Return what a problem's verdicts rest on: the verifier, its settings, and the samples.
-
-    Raises:
-        ShardError: samples are missing or unreadable.
-    """
-    digest = hashlib.sha256()
-    for path in store.shards_of(problem):
-        if not path.exists():
-            raise ShardError(f"{path} is missing")
-        digest.update(read_stated(path)["texts"].encode())
-    return {
-        "verifier": verifier_sha256(),
-        "strictness": settings.strictness,
-        "deadline_s": settings.deadline_s,
-        "memory_mb": settings.memory_mb,
-        "samples": digest.hexdigest(),
-    }
-
-
 def score(
     store: Store,
     settings: VerifierSettings,
@@ -88,33 +69,43 @@ def score(
     started(len(todo))
     processes = min(jobs or os.cpu_count() or 1, len(todo))
     if processes <= 1:
-        verifier = Verifier(settings)
-        try:
-            for problem, want in todo:
-                _score_problem(store, problem, want, verifier)
+        with closing(Verifier(settings)) as verifier:
+            for task in todo:
+                _score_problem(store, verifier, *task)
                 done()
-        finally:
-            verifier.close()
         return len(todo)
     # spawn: the caller may hold threads.
-    with ProcessPoolExecutor(processes, get_context("spawn"), _become_scorer, (store.folder, settings)) as pool:
-        for future in [pool.submit(_score_in_pool, *task) for task in todo]:
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        for future in [pool.submit(_score_in_pool, store.folder, settings, *task) for task in todo]:
             future.result()
             done()
     return len(todo)
 
 
 def _outdated(store: Store, settings: VerifierSettings) -> list[tuple[int, dict[str, Any]]]:
-    """Return the problems to judge, each with what its verdicts will rest on."""
+    """Return the problems to judge, each with what its verdicts will rest on; the others' are read, every page."""
     todo, faults = [], []
     for problem in range(len(store.problems)):
+        digest, path = hashlib.sha256(), score_path(store, problem)
         try:
-            want = basis(store, problem, settings)
+            for shard in store.shards_of(problem):
+                digest.update(read_stated(shard)["texts"].encode())
         except ShardError as error:
             faults.append(str(error))
             continue
-        if not _judged(store, problem, want):
-            todo.append((problem, want))
+        basis = {
+            "verifier": verifier_sha256(),
+            "strictness": settings.strictness,
+            "deadline_s": settings.deadline_s,
+            "memory_mb": settings.memory_mb,
+            "samples": digest.hexdigest(),
+        }
+        try:
+            judged = read_stated(path).get("basis") == basis and read_table(path).num_rows == store.manifest["n"]
+        except ShardError:
+            judged = False
+        if not judged:
+            todo.append((problem, basis))
     if faults:
         raise Refused(
             f"{store.folder}: {len(faults)} problem(s) are not complete; run `rapo eval generate` again. "
@@ -123,28 +114,16 @@ def _outdated(store: Store, settings: VerifierSettings) -> list[tuple[int, dict[
     return todo
 
 
-def _judged(store: Store, problem: int, want: dict[str, Any]) -> bool:
-    """Return whether a problem's verdicts are there, whole (every page is read), and rest on what they should."""
-    path = score_path(store, problem)
-    try:
-        stated = read_stated(path)
-        return stated.get("basis") == want and read_table(path).num_rows == store.manifest["n"]
-    except ShardError:
-        return False
+@cache
+def _opened(folder: Path, settings: VerifierSettings) -> tuple[Store, Verifier]:
+    return Store.open(folder), Verifier(settings)
 
 
-_scorer: dict[str, Any] = {}
+def _score_in_pool(folder: Path, settings: VerifierSettings, problem: int, basis: dict[str, Any]) -> None:
+    _score_problem(*_opened(folder, settings), problem, basis)
 
 
-def _become_scorer(folder: Path, settings: VerifierSettings) -> None:
-    _scorer.update(store=Store.open(folder), verifier=Verifier(settings))
-
-
-def _score_in_pool(problem: int, want: dict[str, Any]) -> None:
-    _score_problem(_scorer["store"], problem, want, _scorer["verifier"])
-
-
-def _score_problem(store: Store, problem: int, want: dict[str, Any], verifier: Verifier) -> None:
+def _score_problem(store: Store, verifier: Verifier, problem: int, basis: dict[str, Any]) -> None:
     gold = store.problems[problem]["gold"]
     parts, texts = [], []
     for path in store.shards_of(problem):
@@ -153,21 +132,11 @@ def _score_problem(store: Store, problem: int, want: dict[str, Any], verifier: V
         except ShardError as error:
             raise Refused(f"{error}; run `rapo eval generate` again, which makes it anew") from error
         responses = table["text"].to_pylist()
-        verdicts = verifier.verify_many(responses, [gold] * len(responses))
-        parts.append(
-            pa.table(
-                [
-                    table["sample"],
-                    [verdict.value for verdict, _ in verdicts],
-                    [answer for _, answer in verdicts],
-                    table["tokens"],
-                    table["finish_reason"],
-                ],
-                schema=SCHEMA,
-            )
-        )
+        verdicts, answers = zip(*verifier.verify_many(responses, [gold] * len(responses)))
+        columns = [table["sample"], [v.value for v in verdicts], answers, table["tokens"], table["finish_reason"]]
+        parts.append(pa.table(columns, schema=SCHEMA))
         texts.append([hash(text) for text, n in zip(responses, table["tokens"].to_pylist()) if n >= REPEAT_TOKENS])
-    stated = {"basis": want, "repeated": _repeated(texts)}
+    stated = {"basis": basis, "repeated": _repeated(texts)}
     write_table(score_path(store, problem), pa.concat_tables(parts), stated)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -74,13 +74,12 @@ class Plan:
     Attributes:
         model: sha256 of the checkpoint's files.
         data: file name to sha256.
-        problems: in order.
         prompts: token ids of each problem's prompt.
-        n: samples a problem.
         draw: number of the draw; another draw of a model has other seeds everywhere.
-        sampling: temperature and the rest.
         shard: samples of one shard; the last of a problem may have fewer.
         versions: of what turns a seed into a text.
+        notes: what else to keep, not compared: "model" as asked for (of a run, its newest checkpoint), "weights", the
+            folder with its Hugging Face checkpoint, commit and date.
     """
 
     model: str
@@ -92,6 +91,7 @@ class Plan:
     sampling: Sampling
     shard: int
     versions: dict[str, str]
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise Refused with every fault at once."""
@@ -124,6 +124,11 @@ class Plan:
     def _seed(self, problem: int, first: int) -> int:
         return sampling_seed("evaluation", self.model, self.draw, self.problems[problem].id, first)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and response."""
+        return max(map(len, self.prompts)) + self.sampling.max_tokens
+
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """What a folder of samples says of itself, as JSON holds it; two plans are one if this is equal."""
@@ -155,24 +160,18 @@ def read_problems(files: Sequence[Path], limit: int | None = None) -> tuple[tupl
     before it. The group is the subject, or with several files the set.
 
     Args:
-        files: at least one.
+        files: of different names.
         limit: take only the first problems of each file.
     """
     problems: list[Problem] = []
-    faults, data = [], {}
+    faults: list[str] = []
+    data = {}
     for path in files:
         try:
             records, data[path.name] = read_records(path)
+            problems += _distinct(path, records, len(files) > 1)[:limit]
         except Refused as error:
-            faults.append(str(error))
-            continue
-        missing = {column for column in ("prompt", "reward_model") if not all(column in row for row in records)}
-        if missing:
-            faults.append(f"{path}: lacks {', '.join(sorted(missing))}; make it with `rapo data prepare`")
-            continue
-        found, wrong = _distinct(path, records, len(files) > 1)
-        problems += found[:limit]
-        faults += wrong
+            faults += error.problems
     if len(data) < len(files) and not faults:
         faults.append(f"file names must differ; got {', '.join(str(path) for path in files)}")
     if faults:
@@ -180,51 +179,55 @@ def read_problems(files: Sequence[Path], limit: int | None = None) -> tuple[tupl
     return tuple(problems), data
 
 
-def _distinct(path: Path, records: list[dict[str, Any]], several: bool) -> tuple[list[Problem], list[str]]:
-    """Return each problem of a file once, in order, and what is wrong with its rows (the first three faults).
+def _distinct(path: Path, records: list[dict[str, Any]], several: bool) -> list[Problem]:
+    """Return each problem of a file once, in order; Refused with the first three faults of its rows.
 
     Some sets hold every problem 32 times, for engines that sample once: as problems of their own they would make every
     interval too narrow.
     """
+    missing = [column for column in ("prompt", "reward_model") if not all(column in row for row in records)]
+    if missing:
+        raise Refused(f"{path}: lacks {', '.join(missing)}; make it with `rapo data prepare`")
     problems: dict[str, Problem] = {}
     faults: list[str] = []
     for row, record in enumerate(records):
-        problem = _problem(record, row, path, several)
-        if isinstance(problem, str):
-            faults.append(f"{path}, row {row}: {problem}")
-            continue
-        known = problems.setdefault(json.dumps(problem.messages), problem)
-        if known.gold != problem.gold:
-            faults.append(f"{path}, row {row}: the question of {known.id!r} with another right answer: "
-                          f"{problem.gold!r}, there {known.gold!r}")  # fmt: skip
+        try:
+            problem = _problem(record, row, path, several)
+            known = problems.setdefault(json.dumps(problem.messages), problem)
+            if known.gold != problem.gold:
+                another = f"the question of {known.id!r} with another right answer"
+                raise Refused(f"{another}: {problem.gold!r}, there {known.gold!r}")
+        except Refused as error:
+            faults.append(f"{path}, row {row}: {error}")
+    if faults:
+        more = [f"{path}: {len(faults) - 3} more rows like these"] if len(faults) > 3 else []
+        raise Refused(faults[:3] + more)
     copies = len(records) - len(problems)
-    if copies and not faults:
+    if copies:
         logger.warning("%s: %d rows repeat a question; %d problems are left", path, copies, len(problems))
-    more = [f"{path}: {len(faults) - 3} more rows like these"] if len(faults) > 3 else []
-    return list(problems.values()), faults[:3] + more
+    return list(problems.values())
 
 
-def _problem(record: dict[str, Any], row: int, path: Path, several: bool) -> Problem | str:
-    """Return the problem of a row, or what is wrong with it."""
+def _problem(record: dict[str, Any], row: int, path: Path, several: bool) -> Problem:
     extra = record.get("extra_info") or {}
     source = str(record.get("data_source") or path.stem)
     number = extra.get("id")
     name = str(row if number is None else number)
     turns = record["prompt"]
     if isinstance(turns, str):
-        return "prompt is a text; allowed: chat messages, which `rapo data prepare` makes of it"
+        raise Refused("prompt is a text; allowed: chat messages, which `rapo data prepare` makes of it")
     messages = []
     for turn in turns or ():
         content = _text(turn.get("content")) if isinstance(turn, dict) else None
         if content is None or not isinstance(turn.get("role"), str):
-            return f"prompt has the message {turn!r}; allowed: a role and a content of text alone"
+            raise Refused(f"prompt has the message {turn!r}; allowed: a role and a content of text alone")
         messages.append({"role": turn["role"], "content": content})
     if not messages or not messages[-1]["content"].strip():
-        return f"prompt is {turns!r}; allowed: chat messages that end with a question"
+        raise Refused(f"prompt is {turns!r}; allowed: chat messages that end with a question")
     gold = (record["reward_model"] or {}).get("ground_truth")
     # A number that a table made of a text may have lost what the text said: 027, 1e5, nan.
     if isinstance(gold, bool) or not isinstance(gold, str | int) or not str(gold).strip():
-        return f"reward_model.ground_truth is {gold!r}; allowed: the right answer as text, or an integer"
+        raise Refused(f"reward_model.ground_truth is {gold!r}; allowed: the right answer as text, or an integer")
     return Problem(
         id=f"{source}/{name}" if several else name,
         source=source,

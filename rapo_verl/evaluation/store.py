@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,36 +87,30 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         raise ShardError(f"{path}: {error}") from error
 
 
+@dataclass(frozen=True)
 class Store:
     """The folder of one plan."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], problems: list[dict[str, Any]]):
-        self.folder = folder
-        self.manifest = manifest
-        self.problems = problems
+    folder: Path
+    manifest: dict[str, Any]
+    problems: list[dict[str, Any]]
 
     @classmethod
-    def create(cls, folder: Path, plan: Plan, notes: dict[str, str] | None = None) -> "Store":
-        """Return the folder of a plan, made if need be.
-
-        Args:
-            folder: where.
-            plan: what will be sampled into it.
-            notes: what else to keep: where the model lay, the commit; not compared.
-        """
+    def create(cls, folder: Path, plan: Plan) -> "Store":
+        """Return the folder of a plan, made if need be; Refused if it holds samples of another."""
         path = folder / MANIFEST_FILE
         if path.exists():
             there = cls.open(folder).manifest
             differing = [key for key in plan.manifest if there.get(key) != plan.manifest[key]]
             if differing:
                 lines = [f"  {key}: {there.get(key)} there, {plan.manifest[key]} here" for key in differing]
-                raise Refused([f"{folder} holds samples of another evaluation:", *lines])
+                raise Refused("\n".join([f"{folder} holds samples of another evaluation:", *lines]))
         else:
             folder.mkdir(parents=True, exist_ok=True)
             rows = [asdict(problem) for problem in plan.problems]
             write_atomic(folder / PROBLEMS_FILE, json.dumps(rows, indent=1, ensure_ascii=False))
             # Last, so that a folder with a manifest has everything.
-            write_atomic(path, json.dumps({**plan.manifest, "sha256": plan.sha, "notes": notes or {}}, indent=1))
+            write_atomic(path, json.dumps({**plan.manifest, "sha256": plan.sha, "notes": plan.notes}, indent=1))
         return cls.open(folder)
 
     @classmethod

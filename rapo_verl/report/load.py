@@ -78,7 +78,7 @@ def load_study(
         chosen = replace(chosen, name=same[0])
     if len({_judge(store) for _, store in every}) > 1:
         lines = [f"  {store.folder}: {_judge(store)}" for _, store in every]
-        raise Refused(["folders were judged differently; run `rapo eval score` on all:", *lines])
+        raise Refused("\n".join(["folders were judged differently; run `rapo eval score` on all:", *lines]))
     made = {name: _settings(store) for name, store in every} | {"seeds": stores[0].manifest["seeds"]}
     study = Study(results, chosen, settings={**(settings or {}), **made}, **options)
     shown = [samples_behind(store, cells=len(stores) * len(study.base.ids)) for store in stores]

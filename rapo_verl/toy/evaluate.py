@@ -4,14 +4,17 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import transformers
 
-from rapo_verl.evaluation.engines import EngineSpec, LocalFleet
+from rapo_verl.evaluation.engines import EngineSpec, local_fleet
+from rapo_verl.evaluation.generate import Draw
 from rapo_verl.evaluation.score import score
-from rapo_verl.evaluation.session import generate_draws, read_subject
+from rapo_verl.evaluation.session import generate_draws, read_plan
 from rapo_verl.evaluation.spec import Sampling
+from rapo_verl.evaluation.store import Store
 from rapo_verl.reward import VerifierSettings
 from rapo_verl.run.files import write_atomic
 from rapo_verl.run.processes import end_with_parent
@@ -38,13 +41,11 @@ def evaluate(models: Mapping[str, Path], toy_dir: Path, out: Path, *, n: int, li
     """
     world, problems = load_problems(toy_dir)
     for key, model in models.items():
-        subject = read_subject(
-            str(model), [toy_dir / EVAL_FILE], Sampling(max_tokens=MAX_RESPONSE_TOKENS, logprobs=False), limit=limit
-        )
-        draws = [subject.draw(out / key, n=n, draw=SCORED_DRAW)]
-        if key == BASE:
-            draws.append(subject.draw(out / HARD_FOLDER, n=n, draw=HARD_DRAW))
-        generate_draws(draws, LocalFleet(EngineSpec(str(subject.folder), subject.longest)), label=key)
+        sampling = Sampling(max_tokens=MAX_RESPONSE_TOKENS, logprobs=False)
+        plan = read_plan(str(model), [toy_dir / EVAL_FILE], sampling, n=n, draw=SCORED_DRAW, limit=limit)
+        plans = {key: plan} | ({HARD_FOLDER: replace(plan, draw=HARD_DRAW)} if key == BASE else {})
+        draws = [Draw(plan, Store.create(out / folder, plan)) for folder, plan in plans.items()]
+        generate_draws(draws, local_fleet(EngineSpec(str(model), plan.longest)), label=key)
         for draw in draws:
             score(draw.store, VerifierSettings(strictness="integer"), jobs=1)
         if not (out / key / EXACT_FILE).exists():
