@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rapo_verl import Refused
+from rapo_verl.data.sources import RowError
 
 SYSTEM = "You are a helpful assistant."
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -43,23 +44,23 @@ def prompt_mark(question: str) -> str | None:
     return found[0] if found else None
 
 
-def question_in(prompt: Any) -> tuple[str, str | None]:
-    """Return the question in a prompt of another set, known instructions around it taken off, and why there is none.
+def question_in(prompt: Any) -> str:
+    """Return the question in a prompt of another set, a text or messages, known instructions around it taken off.
 
-    Args:
-        prompt: a text, or messages.
+    Raises:
+        RowError: there is none.
     """
     if not isinstance(prompt, str):
         if not _is_chat(prompt):
-            return "", "prompt is neither a text nor messages with role and text"
+            raise RowError("prompt is neither a text nor messages with role and text")
         turns = [turn["content"] for turn in prompt if turn["role"] != "system"]
         if len(turns) != 1:
-            return "", "prompt is a conversation of several turns"
+            raise RowError("prompt is a conversation of several turns")
         prompt = turns[0]
     bare = _BEFORE.sub("", prompt, count=1)
     while bare != (bare := _AFTER.sub("", bare)):
         pass
-    return bare, None
+    return bare
 
 
 def _is_chat(prompt: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rapo_verl import Refused
 from rapo_verl.data.chat import question_in
-from rapo_verl.data.sources import Record
+from rapo_verl.data.sources import Record, RowError
 from rapo_verl.reward import last_boxed
 
 # Columns of the question and of the answer, case aside; the first pair that a row has filled is taken.
@@ -60,14 +60,6 @@ class Problem(NamedTuple):
     subject: str | None = None
     # Why it cannot be used, and what of that is its own; question and answer are empty then.
     fault: tuple[str, str] | None = None
-
-
-class RowError(ValueError):
-    """A row that cannot be used: why, which is the same for many rows, and what of it is this row's own."""
-
-    def __init__(self, kind: str, detail: str = ""):
-        self.fault = kind, detail
-        super().__init__(kind + detail)
 
 
 def to_problems(records: Iterable[Record], name: str) -> tuple[list[Problem], Counter[str]]:
@@ -130,9 +122,7 @@ def _question_and_answer(record: Record, asked: str, answered: str) -> tuple[str
         raise RowError("needs an image")
     question, answer = record[asked], record[answered]
     if asked == "prompt":
-        question, fault = question_in(question)
-        if fault:
-            raise RowError(fault)
+        question = question_in(question)
         if answered == "reward_model":
             answer = answer.get("ground_truth") if isinstance(answer, dict) else None
     elif not isinstance(question, str):

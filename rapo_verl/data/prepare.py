@@ -1,10 +1,12 @@
 """`rapo data prepare` and `rapo data show`: veRL parquet with a data card, and prompts as the model sees them."""
 
 import io
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, nullcontext
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -18,7 +20,7 @@ from rapo_verl.data.chat import PROMPTS, load_tokenizer, messages, render
 from rapo_verl.data.layouts import Problem, to_problems
 from rapo_verl.data.overlap import HeldOut
 from rapo_verl.data.sources import HUB, file_sha256, iter_records, read_hub
-from rapo_verl.data.validate import Checked, bar, check_problems, first_of_each_kind, listed
+from rapo_verl.data.validate import Checked, Finding, bar, check_problems, chunks, first_of_each_kind, listed
 from rapo_verl.reward import Verifier
 from rapo_verl.run.files import write_atomic
 
@@ -30,28 +32,24 @@ EVALUATION_SETS = ("aime", "math500")
 _WHOLE = ((re.compile(r"aime(?:20)?2[45]"), 30), (re.compile(r"aime(?:20)?2[45]ii?"), 15), (re.compile("math500"), 500))
 # Rows of a kind that a refusal and a card name one by one, and how many rows are made parquet at once.
 _REFUSED_SHOWN, _CARD_SHOWN, _TEXTS_SHOWN, _ROW_GROUP = 20, 1000, 100, 1 << 15
-_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 # Written out, since veRL joins the files of a list and a column without values would have another type.
 SCHEMA = pa.schema(
-    [
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(_MESSAGE)),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        (
-            "extra_info",
-            pa.struct(
-                [
-                    ("index", pa.int64()),
-                    ("id", pa.string()),
-                    ("row", pa.int64()),
-                    ("level", pa.int64()),
-                    ("subject", pa.string()),
-                    ("source_sha256", pa.string()),
-                ]
-            ),
+    {
+        "data_source": pa.string(),
+        "prompt": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "ability": pa.string(),
+        "reward_model": pa.struct({"style": pa.string(), "ground_truth": pa.string()}),
+        "extra_info": pa.struct(
+            {
+                "index": pa.int64(),
+                "id": pa.string(),
+                "row": pa.int64(),
+                "level": pa.int64(),
+                "subject": pa.string(),
+                "source_sha256": pa.string(),
+            }
         ),
-    ]
+    }
 )
 
 
@@ -109,8 +107,7 @@ def prepare(
         problems, layouts = to_problems(bar(iter_records(Path(source)), f"reading {Path(source).name}"), name)
         source_sha = file_sha256(Path(source))
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    asked = verifier or Verifier()
-    try:
+    with nullcontext(verifier) if verifier else closing(Verifier()) as verifier:
         checked = check_problems(
             problems,
             aime=plain.startswith("aime"),
@@ -119,14 +116,13 @@ def prepare(
             drop_overlap=drop_overlap,
             count_tokens=_token_counter(model, prompt),
             max_prompt_tokens=max_prompt_tokens,
-            verifier=asked,
+            verifier=verifier,
         )
-    finally:
-        if verifier is None:
-            asked.close()
     _check_left(checked, source, name, plain)
-    problems, rows = _with_own_ids(checked.kept), len(problems)
-    data = _to_parquet(problems, name, source_sha, prompt)
+    kept = _with_own_ids(checked.kept)
+    data = _to_parquet(kept, name, source_sha, prompt)
+    levels = Counter("none" if p.level is None else str(p.level) for p in kept)
+    subjects = Counter(p.subject or "none" for p in kept)
     card = {
         "name": name,
         "source": source if source in HUB else Path(source).name,
@@ -134,12 +130,17 @@ def prepare(
         "layout": "; ".join(f"{columns}: {count}" for columns, count in layouts.most_common()),
         "output": target.name,
         "output_sha256": sha256(data).hexdigest(),
-        "rows_in_source": rows,
-        "rows": len(problems),
+        "rows_in_source": len(problems),
+        "rows": len(kept),
         "prompt": prompt,
         "token_limit": f"{max_prompt_tokens} tokens of {Path(model).name}" if model else "not checked (no --model)",
         "checked_against": sorted(path.name for path in against),
-        **_counts(checked),
+        "by_level": dict(sorted(levels.items())),
+        "by_subject": dict(sorted(subjects.items())),
+        "dropped_by_reason": dict(Counter(finding.kind for finding in checked.dropped).most_common()),
+        "dropped": _told(checked.dropped),
+        "suspect_but_kept": _told(checked.suspect),
+        "answers_compared_as_text": [p.row for p in checked.text_answers],
     }
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{name}.card.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
@@ -147,6 +148,10 @@ def prepare(
     # Last, so that a parquet file always has its card.
     write_atomic(target, data)
     return target
+
+
+def _told(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    return [{"row": f.row, "id": f.id, "reason": f.reason} for f in first_of_each_kind(findings, _CARD_SHOWN)]
 
 
 def _check_target(source: str, name: str, target: Path, prompt: str) -> None:
@@ -169,10 +174,8 @@ def _check_left(checked: Checked, source: str, name: str, plain: str) -> None:
     rows = len(checked.kept)
     if not rows:
         reasons = Counter(finding.kind for finding in checked.dropped)
-        raise Refused(
-            f"{source}: no row is left of {len(checked.dropped)}: "
-            + "; ".join(f"{count} {kind}" for kind, count in reasons.most_common())
-        )
+        why = "; ".join(f"{count} {kind}" for kind, count in reasons.most_common())
+        raise Refused(f"{source}: no row is left of {len(checked.dropped)}: {why}")
     whole = next((size for pattern, size in _WHOLE if pattern.fullmatch(plain)), rows)
     if rows != whole:
         raise Refused(f"{source}: {rows} problems; {name} has {whole}. Name a part otherwise: --name {name}-part")
@@ -200,44 +203,21 @@ def _token_counter(model: str | None, prompt: str) -> Callable[[Sequence[Problem
 
 
 def _to_parquet(problems: list[Problem], name: str, source_sha: str, prompt: str) -> bytes:
-    buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, SCHEMA) as writer, bar((), "writing", len(problems)) as progress:
-        for start in range(0, len(problems), _ROW_GROUP):
+    buffer, index = io.BytesIO(), itertools.count()
+    with pq.ParquetWriter(buffer, SCHEMA) as writer:
+        for some in chunks(problems, "writing", _ROW_GROUP):
             rows = [
                 {
                     "data_source": name,
                     "prompt": messages(p.question, prompt),
                     "ability": "math",
                     "reward_model": {"style": "rule", "ground_truth": p.answer},
-                    "extra_info": {
-                        "index": start + place,
-                        "id": p.id,
-                        "row": p.row,
-                        "level": p.level,
-                        "subject": p.subject,
-                        "source_sha256": source_sha,
-                    },
+                    "extra_info": {**p._asdict(), "index": next(index), "source_sha256": source_sha},
                 }
-                for place, p in enumerate(problems[start : start + _ROW_GROUP])
+                for p in some
             ]
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-            progress.update(len(rows))
     return buffer.getvalue()
-
-
-def _counts(checked: Checked) -> dict[str, Any]:
-    levels = Counter("none" if p.level is None else str(p.level) for p in checked.kept)
-    subjects = Counter(p.subject or "none" for p in checked.kept)
-    return {
-        "by_level": dict(sorted(levels.items())),
-        "by_subject": dict(sorted(subjects.items())),
-        "dropped_by_reason": dict(Counter(finding.kind for finding in checked.dropped).most_common()),
-        **{
-            key: [{"row": f.row, "id": f.id, "reason": f.reason} for f in first_of_each_kind(findings, _CARD_SHOWN)]
-            for key, findings in (("dropped", checked.dropped), ("suspect_but_kept", checked.suspect))
-        },
-        "answers_compared_as_text": [p.row for p in checked.text_answers],
-    }
 
 
 def card_markdown(card: dict[str, Any]) -> str:

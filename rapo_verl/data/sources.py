@@ -4,9 +4,8 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,8 +15,15 @@ from rapo_verl import Refused
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class HubSource:
+class RowError(ValueError):
+    """A row that cannot be used: why, which is the same for many rows, and what of it is this row's own."""
+
+    def __init__(self, kind: str, detail: str = ""):
+        self.fault = kind, detail
+        super().__init__(kind + detail)
+
+
+class HubSource(NamedTuple):
     """Where a named set is on the Hugging Face hub."""
 
     repository: str

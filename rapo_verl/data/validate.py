@@ -30,8 +30,8 @@ _LETTER = re.compile(r"[A-E]")
 _MAX_SUSPECT = 0.01
 # Share of answers that are letters of choices that no question shows, above which the set has lost its choices.
 _MAX_LETTERS = 0.2
-# How many rows are worked on between two moves of a bar.
-_CHUNK = 4096
+# The kind of a fault, which is the same for many rows, and what of it is a row's own.
+Fault = tuple[str, str]
 
 
 class Finding(NamedTuple):
@@ -67,6 +67,14 @@ def bar(items: Iterable, what: str, total: int | None = None) -> tqdm:
     return tqdm(items, desc=what, total=total, unit="row", delay=2, mininterval=bar_interval())
 
 
+def chunks(items: list, what: str, size: int = 4096) -> Iterator[list]:
+    """Yield a list in parts, under one bar."""
+    with bar((), what, len(items)) as progress:
+        for start in range(0, len(items), size):
+            yield items[start : start + size]
+            progress.update(min(size, len(items) - start))
+
+
 def check_problems(
     problems: list[Problem],
     *,
@@ -78,7 +86,7 @@ def check_problems(
     max_prompt_tokens: int,
     verifier: Verifier,
 ) -> Checked:
-    r"""Return the problems that may be used.
+    r"""Return the problems of one file that may be used.
 
     Dropped: no answer, an answer that nothing equals (not even itself), a question seen before (with another answer:
     both), a prompt over the limit. Refused: control characters, a question that is a prompt already, an AIME answer
@@ -99,40 +107,40 @@ def check_problems(
     refused: list[Finding] = []
     dropped: list[Finding] = []
     suspect: list[Finding] = []
-    overlapping: list[Finding] = []
     kept: list[Problem] = []
     for problem in bar(problems, "checking questions"):
         refused += _findings(problem, _corruptions(problem))
         suspect += _findings(problem, _suspicions(problem))
-        fault = problem.fault or _nothing(problem)
-        if fault is not None:
-            dropped.append(Finding(problem.row, problem.id, *fault))
-            continue
-        if aime:
+        unusable = _findings(problem, _absences(problem))
+        dropped += unusable
+        if aime and not unusable:
             problem, wrong = _canonical_aime(problem)
-            refused += wrong
-        kept.append(problem)
+            refused += _findings(problem, wrong)
+        kept += [] if unusable else [problem]
     kept, copies, contradictions = _without_duplicates(kept, verifier)
     dropped += contradictions
     suspect += _near_duplicates(kept)
-    if len(against):
-        for problem in bar(kept, "comparing with --against"):
-            overlapping += _findings(problem, [("overlap: is also ", against.find(problem.question))])
     refused += _letters_of_no_choices(kept)
     if evaluation or len(suspect) > _MAX_SUSPECT * len(problems):
         refused += suspect
-    (dropped if drop_overlap else refused).extend(overlapping)
+    if len(against):
+        overlapping = dropped if drop_overlap else refused
+        for problem in bar(kept, "comparing with --against"):
+            where = against.find(problem.question)
+            overlapping += _findings(problem, [("overlap: is also ", where)] if where else [])
     texts: list[Problem] = []
     if not refused:
         # These take longest, and a refused file is not asked about further.
         unanswerable, texts = _judge(kept, verifier)
-        dropped += unanswerable + _too_long(kept, count_tokens, max_prompt_tokens)
+        dropped += unanswerable
+        if count_tokens is not None:
+            dropped += _too_long(kept, count_tokens, max_prompt_tokens)
     if evaluation:
         refused += dropped
     dropped += copies
     gone = {finding.row for finding in dropped}
-    kept = [problem for problem in kept if problem.row not in gone]
-    return Checked(kept, sorted(dropped), sorted(refused), sorted(suspect), [p for p in texts if p.row not in gone])
+    kept, texts = ([p for p in some if p.row not in gone] for some in (kept, texts))
+    return Checked(kept, sorted(dropped), sorted(refused), sorted(suspect), texts)
 
 
 def first_of_each_kind(findings: Iterable[Finding], most: int) -> list[Finding]:
@@ -148,17 +156,21 @@ def listed(findings: Sequence[Finding], most: int) -> list[str]:
     return lines + [f"{count - most} more rows: {kind.strip()}" for kind, count in more.items() if count > most]
 
 
-def _findings(problem: Problem, kinds: Iterable[tuple[str, str | None]]) -> list[Finding]:
-    return [Finding(problem.row, problem.id, kind, detail) for kind, detail in kinds if detail is not None]
+def _findings(problem: Problem, faults: Iterable[Fault]) -> list[Finding]:
+    return [Finding(problem.row, problem.id, *fault) for fault in faults]
 
 
-def _nothing(problem: Problem) -> tuple[str, str] | None:
-    if not normalize(problem.answer):
-        return "empty answer", ""
-    return None if any(map(str.isalnum, problem.question)) else ("empty question", "")
+def _absences(problem: Problem) -> Iterator[Fault]:
+    """Yield why there is nothing to ask or to compare with."""
+    if problem.fault is not None:
+        yield problem.fault
+    elif not normalize(problem.answer):
+        yield "empty answer", ""
+    elif not any(map(str.isalnum, problem.question)):
+        yield "empty question", ""
 
 
-def _corruptions(problem: Problem) -> Iterator[tuple[str, str | None]]:
+def _corruptions(problem: Problem) -> Iterator[Fault]:
     """Yield what no intact file has."""
     for name, text in (("question", problem.question), ("answer", problem.answer)):
         lost = sorted({f"U+{ord(character):04X}" for character in _LOST.findall(text)})
@@ -173,7 +185,7 @@ def _corruptions(problem: Problem) -> Iterator[tuple[str, str | None]]:
         yield "question is a prompt already; it would be wrapped twice: give the bare question", f" (has {mark!r})"
 
 
-def _suspicions(problem: Problem) -> Iterator[tuple[str, str | None]]:
+def _suspicions(problem: Problem) -> Iterator[Fault]:
     """Yield what is almost surely damage, but made of characters that text may have."""
     eaten = sorted({f"U+{ord(match[0][0]):04X} before {match[0][1:]!r}" for match in _EATEN.finditer(problem.question)})
     if eaten:
@@ -188,17 +200,15 @@ def _named(identity: str) -> str | None:
     return match and f"{match[1]}-{_CONTEST.get(match[2], match[2])}-{int(match[3])}"
 
 
-def _canonical_aime(problem: Problem) -> tuple[Problem, list[Finding]]:
+def _canonical_aime(problem: Problem) -> tuple[Problem, list[Fault]]:
     value = parse_integer(_DEGREES.sub("", normalize(problem.answer)))
     if value is None or not 0 <= value <= 999:
-        wrong = ("answer is no integer in 0..999, as every AIME answer is", f": {problem.answer!r}")
-        return problem, _findings(problem, [wrong])
+        return problem, [("answer is no integer in 0..999, as every AIME answer is", f": {problem.answer!r}")]
     # By its words, for every publisher has other ids; by its id where the words are others.
     problems, keys = aime_keys()
     name = problems.find(problem.question) or _named(problem.id)
     if name in keys and keys[name] != value:
-        wrong = ("answer is a wrong key", f" {value}: this is AIME {name}, the right one is {keys[name]}")
-        return problem, _findings(problem, [wrong])
+        return problem, [("answer is a wrong key", f" {value}: this is AIME {name}, the right one is {keys[name]}")]
     return problem._replace(answer=str(value)), []
 
 
@@ -248,44 +258,32 @@ def _letters_of_no_choices(problems: list[Problem]) -> list[Finding]:
     return [Finding(p.row, p.id, kind, f" ({p.answer})") for p in letters]
 
 
-def _chunks(items: list) -> Iterator[list]:
-    return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
-
-
 def _too_long(
-    problems: list[Problem], count_tokens: Callable[[Sequence[Problem]], list[int]] | None, max_prompt_tokens: int
+    problems: list[Problem], count_tokens: Callable[[Sequence[Problem]], list[int]], most: int
 ) -> list[Finding]:
-    findings: list[Finding] = []
-    if count_tokens is not None:
-        with bar((), "counting tokens", len(problems)) as progress:
-            for some in _chunks(problems):
-                findings += [
-                    Finding(p.row, p.id, f"prompt has more than {max_prompt_tokens} tokens", f": {count}")
-                    for p, count in zip(some, count_tokens(some))
-                    if count > max_prompt_tokens
-                ]
-                progress.update(len(some))
-    return findings
+    return [
+        Finding(p.row, p.id, f"prompt has more than {most} tokens", f": {count}")
+        for some in chunks(problems, "counting tokens")
+        for p, count in zip(some, count_tokens(some))
+        if count > most
+    ]
 
 
 def _judge(problems: list[Problem], verifier: Verifier) -> tuple[list[Finding], list[Problem]]:
     """Return the problems whose answer is not found right in a box, and those whose answer is compared as text."""
     kinds: dict[str, str] = {}
     verdicts: dict[str, Verdict] = {}
-    answers = list(dict.fromkeys(problem.answer for problem in problems))
-    with bar((), "checking answers", len(answers)) as progress:
-        for some in _chunks(answers):
-            kinds.update(zip(some, verifier.kinds_of(some)))
-            boxed = verifier.verify_many([f"\\boxed{{{answer}}}" for answer in some], some)
-            verdicts.update((answer, verdict) for answer, (verdict, _) in zip(some, boxed))
-            progress.update(len(some))
+    for some in chunks(list(dict.fromkeys(problem.answer for problem in problems)), "checking answers"):
+        kinds.update(zip(some, verifier.kinds_of(some)))
+        boxed = verifier.verify_many([f"\\boxed{{{answer}}}" for answer in some], some)
+        verdicts.update((answer, verdict) for answer, (verdict, _) in zip(some, boxed))
     findings = []
     for p in problems:
         if verdicts[p.answer] is not Verdict.correct:
-            kind, detail = "answer does not equal itself", f": {p.answer!r} ({verdicts[p.answer]})"
+            fault = "answer does not equal itself", f": {p.answer!r} ({verdicts[p.answer]})"
         elif kinds[p.answer] in ("nothing", "unreadable"):
-            kind, detail = "answer does not parse", f": {p.answer!r}"
+            fault = "answer does not parse", f": {p.answer!r}"
         else:
             continue
-        findings.append(Finding(p.row, p.id, kind, detail))
+        findings += _findings(p, [fault])
     return findings, [p for p in problems if kinds[p.answer] == "string"]
