@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -9,14 +10,15 @@ from typer.testing import CliRunner
 from rapo_verl.cli import app
 from rapo_verl.method.reference_tokens import reference_tokens
 from rapo_verl.method.reweighting import reweight_tokens
-from rapo_verl.theory.inspect_reference import PHIS, average, measure
+from rapo_verl.theory.inspect_reference import PHIS, means, measure
 
 TOP_K, TOP_P = 6, 0.9
 
 
 def test_measures_agree_with_the_readings_of_the_reweighted_reference():
     logits = 3 * torch.randn(7, 40, generator=torch.Generator().manual_seed(0))
-    found = {(x.reading, x.phi): x for x in measure(logits, temperature=0.8, top_k=TOP_K, top_p=TOP_P)}
+    measured = measure(logits, temperature=0.8, top_k=TOP_K, top_p=TOP_P)
+    found = {(x.reading, x.phi): x for x in means(measured).itertuples()}
     labels = logits.argmax(1)
     tokens = reference_tokens(logits, labels, k=TOP_K, temperature=0.8, nodes=tuple(PHIS))
     for (reading, phi), got in found.items():
@@ -36,8 +38,9 @@ def test_measures_agree_with_the_readings_of_the_reweighted_reference():
 def test_parts_average_to_the_whole():
     logits = 3 * torch.randn(9, 40, generator=torch.Generator().manual_seed(1))
     options = {"temperature": 1.0, "top_k": TOP_K, "top_p": TOP_P}
-    parts = [(len(x), measure(x, **options)) for x in (logits[:2], logits[2:])]
-    for got, want in zip(average(parts), measure(logits, **options), strict=True):
+    parts = pd.concat([measure(x, **options) for x in (logits[:2], logits[2:])])
+    whole = means(measure(logits, **options))
+    for got, want in zip(means(parts).itertuples(), whole.itertuples(), strict=True):
         assert (got.reading, got.phi) == (want.reading, want.phi)
         for name in ("outside", "kl", "entropy", "top1"):
             assert getattr(got, name) == pytest.approx(getattr(want, name), rel=1e-4, abs=1e-6)  # fp32

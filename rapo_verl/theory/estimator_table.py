@@ -7,7 +7,7 @@ has them, clamps included.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -21,8 +21,7 @@ VERL = ("k1", "k2", "low_var_kl", "k3+")
 OURS = ("paper", "unbiased", "bounded")
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """Logits of a policy, log-probabilities of the reference and of the policy that sampled; shape (vocabulary,)."""
 
     logits: torch.Tensor
@@ -30,20 +29,14 @@ class Pair:
     log_old: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Quality:
-    """One estimator on one pair; errors are norms relative to the true gradient's.
-
-    Attributes:
-        forward: error against the gradient of KL(ref ‖ pi).
-        reverse: error against the gradient of KL(pi ‖ ref).
-        variance: trace of the gradient's covariance for one token.
-        size: norm of the expected gradient over that of the forward KL's.
-    """
+class Quality(NamedTuple):
+    """One estimator on one pair: errors against both true gradients, relative to their norms, variance and size."""
 
     forward: float
     reverse: float
+    # Trace of the gradient's covariance for one token.
     variance: float
+    # Norm of the expected gradient over that of the forward KL's.
     size: float
 
 
@@ -52,11 +45,13 @@ def make_pair(distance: float, *, off_policy: bool, seed: int = 0) -> Pair:
     generator = torch.Generator().manual_seed(seed)
     reference, change, shift = torch.randn(3, VOCABULARY, dtype=torch.float64, generator=generator)
     logits = 2 * reference + distance * change
-    return Pair(
-        logits,
-        torch.log_softmax(2 * reference, -1),
-        torch.log_softmax(logits + (0.5 * shift if off_policy else 0), -1),
-    )
+    old = logits + 0.5 * shift if off_policy else logits
+    return Pair(logits, torch.log_softmax(2 * reference, -1), torch.log_softmax(old, -1))
+
+
+def forward_kl(pair: Pair) -> float:
+    """Return KL(ref ‖ pi), nats."""
+    return float((pair.log_ref.exp() * (pair.log_ref - torch.log_softmax(pair.logits, -1))).sum())
 
 
 def forward_gradient(pair: Pair) -> torch.Tensor:
@@ -119,11 +114,8 @@ def quality(name: str, pair: Pair) -> Quality:
     """Return how an estimator's gradient compares with the true ones."""
     mean, variance = moments(name, pair)
     forward, reverse = forward_gradient(pair), reverse_gradient(pair)
-
-    def error(true: torch.Tensor) -> float:
-        return float((mean - true).norm() / true.norm())
-
-    return Quality(error(forward), error(reverse), variance, float(mean.norm() / forward.norm()))
+    to_forward, to_reverse = (float((mean - true).norm() / true.norm()) for true in (forward, reverse))
+    return Quality(to_forward, to_reverse, variance, float(mean.norm() / forward.norm()))
 
 
 ROWS = {
@@ -141,47 +133,43 @@ ROWS = {
 
 def table() -> str:
     """Return the page docs/estimators.md."""
-    lines = [
-        "# What each KL estimator descends",
-        "",
-        "Written by `rapo figures`; `tests/test_estimator_table.py` fails if it is out of date. Exact enumeration over",
-        f"{VOCABULARY} tokens in fp64 (`rapo_verl/theory/estimator_table.py`), one token's loss, its gradient in the",
-        "logits.",
-        "**error to forward / reverse**: norm of (expected gradient - true gradient) over the true one's; 0 means that",
-        "this KL is what it descends. **variance**: trace of the covariance of one token's gradient.",
-        "Off-policy: the tokens come from an older policy, as in the second mini-batch of a step.",
-        "",
-    ]
+    sections = []
     for title, distance in ((f"Near the reference (logits moved by {NEAR})", NEAR), (f"Far from it ({FAR})", FAR)):
         on, off = (make_pair(distance, off_policy=flag) for flag in (False, True))
-        kl = float((on.log_ref.exp() * (on.log_ref - torch.log_softmax(on.logits, -1))).sum())
-        lines += [
-            f"## {title}: KL(ref ‖ pi) = {kl:.3f} nats",
-            "",
-            "| estimator | | error to forward | to reverse | variance | off-policy: to forward | to reverse |",
-            "|---|---|---|---|---|---|---|",
-        ]
+        rows = [f"## {title}: KL(ref ‖ pi) = {forward_kl(on):.3f} nats\n\n{COLUMNS}"]
         for name, words in ROWS.items():
-            a, b = quality(name, on), quality(name, off)
-            values = (a.forward, a.reverse, a.variance, b.forward, b.reverse)
-            lines.append(f"| `{name}` | {words} | {' | '.join(_number(x) for x in values)} |")
-        lines.append("")
-    return "\n".join([*lines, *READING]) + "\n"
+            values = (*quality(name, on)[:3], *quality(name, off)[:2])
+            rows.append(f"| `{name}` | {words} | {' | '.join(map(_number, values))} |")
+        sections.append("\n".join(rows) + "\n")
+    return "\n".join([INTRODUCTION, *sections, READING])
 
 
 def _number(value: float) -> str:
     return "0" if value < 1e-9 else f"{value:.2g}" if value < 1e4 else f"{value:.1e}"
 
 
-READING = [
-    "## Reading it",
-    "",
-    "* `k1` as a loss descends nothing on-policy: its expected gradient is zero, an error of 1 to either KL.",
-    "* `low_var_kl`, usually called a reverse KL, descends the forward KL near the reference. Its clamp (no gradient",
-    "  beyond a k3 of 10) takes that away where a mode of the reference is missed, and off-policy it is biased. `k2`",
-    "  and `k3+` descend the reverse KL, on-policy alone.",
-    "* `paper` descends ½ E_ref[(log pi - log ref)²], which meets the forward KL only as pi → ref.",
-    "* `unbiased` descends the forward KL, on- and off-policy, at a variance that grows without bound with the",
-    f"  distance; `bounded` trades it for a bias (rho ≤ {RHO_MAX:g}). `full` has neither; `topk` has no variance, and",
-    "  for error what the tail's inner shape would add.",
-]
+INTRODUCTION = f"""\
+# What each KL estimator descends
+
+Written by `rapo figures`; `tests/test_estimator_table.py` fails if it is out of date. Exact enumeration over
+{VOCABULARY} tokens in fp64 (`rapo_verl/theory/estimator_table.py`), one token's loss, its gradient in the
+logits.
+**error to forward / reverse**: norm of (expected gradient - true gradient) over the true one's; 0 means that
+this KL is what it descends. **variance**: trace of the covariance of one token's gradient.
+Off-policy: the tokens come from an older policy, as in the second mini-batch of a step.
+"""
+COLUMNS = """\
+| estimator | | error to forward | to reverse | variance | off-policy: to forward | to reverse |
+|---|---|---|---|---|---|---|"""
+READING = f"""\
+## Reading it
+
+* `k1` as a loss descends nothing on-policy: its expected gradient is zero, an error of 1 to either KL.
+* `low_var_kl`, usually called a reverse KL, descends the forward KL near the reference. Its clamp (no gradient
+  beyond a k3 of 10) takes that away where a mode of the reference is missed, and off-policy it is biased. `k2`
+  and `k3+` descend the reverse KL, on-policy alone.
+* `paper` descends ½ E_ref[(log pi - log ref)²], which meets the forward KL only as pi → ref.
+* `unbiased` descends the forward KL, on- and off-policy, at a variance that grows without bound with the
+  distance; `bounded` trades it for a bias (rho ≤ {RHO_MAX:g}). `full` has neither; `topk` has no variance, and
+  for error what the tail's inner shape would add.
+"""

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from scipy.special import softmax
 
 from rapo_verl.report.figures import styled, write_figure
 from rapo_verl.run.files import write_atomic
-from rapo_verl.theory.estimator_table import ROWS, make_pair, quality, table
+from rapo_verl.theory.estimator_table import ROWS, forward_kl, make_pair, quality, table
 from rapo_verl.theory.optimum import FloatArray, forward_kl_optimum, rapo_optimum, reverse_kl_optimum
 
 # One-dimensional landscape: the reference's two modes; two rewarded intervals, one on its support and one off it.
@@ -108,11 +107,9 @@ def descent_figure() -> tuple[Figure, float]:
     axis.axvspan(ITEMS - EMPTY - 0.5, ITEMS - 0.5, color="#56b4e9", alpha=0.14, lw=0, label="reference is zero")
     for place in places[reward > 0]:
         axis.annotate("r = 1", (place, optimum[place]), (0, 9), textcoords="offset points", ha="center", fontsize=7.5)
-    axis.set_yscale("log")
+    axis.set(yscale="log", xlabel="item", ylabel="probability")
     axis.yaxis.set_major_formatter("{x:g}")  # the style has no mathematics, which the default would be
     axis.set_ylim(top=1)
-    axis.set_ylabel("probability")
-    axis.set_xlabel("item")
     axis.set_title(f"RAPO's optimum, alpha = {ALPHA}, beta = {BETA}: total variation {distance:.1e}")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure, distance
@@ -124,34 +121,24 @@ def estimator_figure() -> Figure:
     figure = Figure(figsize=(9.4, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     pairs = [make_pair(float(distance), off_policy=False) for distance in DISTANCES]
-    kl = [float((x.log_ref.exp() * (x.log_ref - torch.log_softmax(x.logits, -1))).sum()) for x in pairs]
+    kl = [forward_kl(pair) for pair in pairs]
     for number, (name, colour) in enumerate(ESTIMATOR_COLOURS.items()):
         found = [quality(name, pair) for pair in pairs]
         for axis, values in zip(axes, ([x.forward for x in found], [x.variance for x in found])):
             # Rounding of an exact zero is not an error.
             shown = np.where(np.array(values) > 1e-9, values, np.nan)
             axis.plot(kl, shown, "o-", ms=2.5, lw=3.2 - 0.28 * number, color=colour, label=name)
-    for axis, words in zip(
-        axes, ("error to the forward KL's gradient (0: not drawn)", "variance of one token's gradient")
-    ):
-        axis.set(xscale="log", yscale="log", xlabel="KL(ref ‖ pi), nats")
+    titles = "error to the forward KL's gradient (0: not drawn)", "variance of one token's gradient"
+    for axis, title in zip(axes, titles):
+        axis.set(xscale="log", yscale="log", xlabel="KL(ref ‖ pi), nats", title=title)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.set_title(words)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ROWS))
     return figure
 
 
 def write_figures(images: Path, page: Path) -> list[Path]:
-    """Draw all figures as PNG and SVG and write the table of estimators.
-
-    Args:
-        images: folder for the figures.
-        page: file of the table.
-
-    Returns:
-        The files written.
-    """
+    """Draw all figures as PNG and SVG, write the table of estimators, and return the files."""
     images.mkdir(parents=True, exist_ok=True)
     page.parent.mkdir(parents=True, exist_ok=True)
     figures = {"figure1": landscape_figure(), "figure2": descent_figure()[0], "estimators": estimator_figure()}

@@ -6,10 +6,10 @@ distribution p is reweighted at several phi, by each normalised reading, and com
 
 import json
 import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -26,29 +26,11 @@ PHIS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3)
 COLOURS = {"token": "#d55e00", "nucleus": "#0072b2"}
 
 
-@dataclass(frozen=True)
-class Reweighted:
-    """Means over tokens of one reading at one phi; nats, and shares of one.
+def measure(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float) -> pd.DataFrame:
+    """Return what each normalised reading makes of next-token distributions: a row a reading, phi and token.
 
-    Attributes:
-        reading: "token" or "nucleus".
-        phi: the power.
-        outside: mass outside the reference's top k.
-        kl: KL(reweighted ‖ untempered).
-        entropy: of the reweighted reference.
-        top1: probability of the untempered reference's most likely token.
-    """
-
-    reading: str
-    phi: float
-    outside: float
-    kl: float
-    entropy: float
-    top1: float
-
-
-def measure(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float) -> list[Reweighted]:
-    """Return what each normalised reading makes of next-token distributions, by phi.
+    Columns: reading, phi, outside (mass outside the reference's top k), kl (KL(reweighted ‖ untempered), nats), entropy
+    (of the reweighted reference, nats), top1 (probability of the untempered reference's most likely token).
 
     Args:
         logits: shape (tokens, vocabulary), float.
@@ -62,7 +44,7 @@ def measure(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: floa
     top = log_p.topk(top_k, -1)
     inside = nucleus(top.values, top_p)
     outside = torch.ones_like(log_p, dtype=torch.bool).scatter_(1, top.indices, False)
-    found = []
+    parts = []
     for reading in COLOURS:
         for phi in PHIS:
             log_q = torch.log_softmax(phi * log_p, -1)
@@ -72,27 +54,20 @@ def measure(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: floa
                          top.values.masked_fill(off, -math.inf).logsumexp(1))[:, None]  # fmt: skip
                 log_q = log_p.scatter(1, top.indices, torch.where(inside, flat - shift, top.values))
             q = log_q.exp()
-            values = (
-                (q * outside).sum(1),
-                (q * (log_q - log_p)).sum(1),
-                -(q * log_q).sum(1),
-                q.gather(1, top.indices[:, :1]),
-            )
-            found.append(Reweighted(reading, phi, *(float(x.mean()) for x in values)))
-    return found
+            columns = {
+                "outside": (q * outside).sum(1),
+                "kl": (q * (log_q - log_p)).sum(1),
+                "entropy": -(q * log_q).sum(1),
+                "top1": q.gather(1, top.indices[:, :1])[:, 0],
+            }
+            values = {name: column.double().numpy() for name, column in columns.items()}
+            parts.append(pd.DataFrame({"reading": reading, "phi": phi, **values}))
+    return pd.concat(parts)
 
 
-def average(parts: list[tuple[int, list[Reweighted]]]) -> list[Reweighted]:
-    """Return the means over all tokens from those of parts, each with its number of tokens."""
-    total = sum(count for count, _ in parts)
-
-    def mean(same: tuple[Reweighted, ...], name: str) -> float:
-        return sum(count * getattr(x, name) for (count, _), x in zip(parts, same)) / total
-
-    return [
-        Reweighted(x[0].reading, x[0].phi, *(mean(x, name) for name in ("outside", "kl", "entropy", "top1")))
-        for x in zip(*(found for _, found in parts))
-    ]
+def means(measured: pd.DataFrame) -> pd.DataFrame:
+    """Return the means over tokens of what was measured, a row a reading and phi."""
+    return measured.groupby(["reading", "phi"], sort=False, as_index=False).mean()
 
 
 def response_logits(model: Any, tokenizer: Any, prompt: str, *, tokens: int, temperature: float) -> torch.Tensor:
@@ -107,17 +82,9 @@ def response_logits(model: Any, tokenizer: Any, prompt: str, *, tokens: int, tem
 
 
 def inspect_reference(
-    model: str,
-    prompts: Path,
-    out: Path,
-    *,
-    rows: int,
-    tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    model: str, prompts: Path, out: Path, *, rows: int, tokens: int, temperature: float, top_k: int, top_p: float,
     seed: int,
-) -> None:
+) -> None:  # fmt: skip
     """Sample, measure, print the table, and write ``reference.json``, ``reference.png`` and ``reference.svg``.
 
     Args:
@@ -132,9 +99,7 @@ def inspect_reference(
         seed: of the sampling.
 
     Raises:
-        Refused: a file without prompts.
         OSError: a model that is not there.
-        Refused: top_k, top_p or temperature outside their ranges.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -148,47 +113,38 @@ def inspect_reference(
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     torch.manual_seed(seed)
     texts = [render(list(record["prompt"]), tokenizer) for record in records[:rows]]
-    parts = []
+    parts, count = [], 0
     for text in texts:  # one at a time: a language model's logits are 0.6 MB a token
         logits = response_logits(loaded, tokenizer, text, tokens=tokens, temperature=temperature)
-        parts.append((len(logits), measure(logits, temperature=temperature, top_k=top_k, top_p=top_p)))
-    found, count = average(parts), sum(count for count, _ in parts)
+        parts.append(measure(logits, temperature=temperature, top_k=top_k, top_p=top_p))
+        count += len(logits)
+    found = means(pd.concat(parts))
     what = f"{Path(model).name}: {len(texts)} prompts, {count} response tokens, T = {temperature}, seed {seed}"
-    Console().print(_table(found, what, top_k, top_p))
+    table = Table(title=what, caption=f"nucleus: top_p = {top_p} within top_k = {top_k}; KL and entropy in nats")
+    for name in ("reading", "phi", f"mass outside top {top_k}", "KL to untempered", "entropy", "p of its first token"):
+        table.add_column(name, justify="left" if name == "reading" else "right")
+    for reading, phi, *values in found.itertuples(index=False):
+        table.add_row(reading, f"{phi:g}", *(f"{max(value, 0):.4f}" for value in values))
+    Console().print(table)
     out.mkdir(parents=True, exist_ok=True)
     settings = {"model": model, "prompts": str(prompts), "rows": len(texts), "tokens": count, "seed": seed}
     settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    write_atomic(out / "reference.json", json.dumps(settings | {"results": [asdict(x) for x in found]}, indent=1))
+    write_atomic(out / "reference.json", json.dumps(settings | {"results": found.to_dict("records")}, indent=1))
     write_figure(reference_figure(found, what, top_k, top_p), out / "reference")
 
 
-def _table(found: list[Reweighted], title: str, top_k: int, top_p: float) -> Table:
-    table = Table(title=title, caption=f"nucleus: top_p = {top_p} within top_k = {top_k}; KL and entropy in nats")
-    for name in ("reading", "phi", f"mass outside top {top_k}", "KL to untempered", "entropy", "p of its first token"):
-        table.add_column(name, justify="left" if name == "reading" else "right")
-    for x in found:
-        table.add_row(x.reading, f"{x.phi:g}", *(f"{max(v, 0):.4f}" for v in (x.outside, x.kl, x.entropy, x.top1)))
-    return table
-
-
 @styled
-def reference_figure(found: list[Reweighted], title: str, top_k: int, top_p: float) -> Figure:
+def reference_figure(found: pd.DataFrame, title: str, top_k: int, top_p: float) -> Figure:
     """Return mass outside the top k and KL to the untempered reference over phi, a line for each reading."""
     figure = Figure(figsize=(9.4, 3.6), layout="constrained")
     figure.suptitle(title, fontsize=9.5, x=0.01, ha="left")
-    for axis, name, words in zip(
-        figure.subplots(1, 2),
-        ("outside", "kl"),
-        (f"mass outside the top {top_k}", "KL(reweighted ‖ untempered), nats"),
-    ):
-        for reading, colour in COLOURS.items():
-            mine = [x for x in found if x.reading == reading]
+    words = {"outside": f"mass outside the top {top_k}", "kl": "KL(reweighted ‖ untempered), nats"}
+    for axis, name in zip(figure.subplots(1, 2), words):
+        for reading, mine in found.groupby("reading", sort=False):
             label = reading if reading == "token" else f"nucleus (top_p = {top_p})"
-            axis.plot([x.phi for x in mine], [getattr(x, name) for x in mine], "o-", ms=3.5, color=colour, label=label)
-        axis.set_title(words)
-        axis.set_xlabel("phi")
+            axis.plot(mine.phi, mine[name], "o-", ms=3.5, color=COLOURS[str(reading)], label=label)
+        axis.set(title=words[name], xlabel="phi", yscale="log")
         axis.invert_xaxis()
-        axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")  # the style has no mathematics, which the default would be
         axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-6))  # phi = 1 leaves rounding
         axis.legend()

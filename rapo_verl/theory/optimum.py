@@ -6,8 +6,9 @@ NumPy and SciPy, fp64. On a set of n items with rewards r, a reference pi_ref an
 * Lemma 3.2: max E_pi[r] - alpha KL(pi_ref ‖ pi)              -> pi = alpha pi_ref / (lambda - r)
 * Prop. 3.3: max E_pi[r] - alpha KL(pi_ref ‖ pi) + beta H(pi) -> r + alpha pi_ref / pi - beta (log pi + 1) = lambda
 
-The first keeps to the reference's support whatever the reward; the last gives every item mass. Source: arXiv
-2510.03865, section 3.
+The first keeps to the reference's support whatever the reward; the last gives every item mass. Everywhere the reward is
+finite, shape (n,); the reference >= 0 with a sum of one, shape (n,); alpha and beta > 0, in the reward's unit per nat:
+anything else is a ValueError. Source: arXiv 2510.03865, section 3.
 """
 
 from typing import NamedTuple
@@ -37,14 +38,6 @@ class Optimum(NamedTuple):
 def reverse_kl_optimum(reward: npt.ArrayLike, reference: npt.ArrayLike, *, alpha: float) -> Optimum:
     """Return the maximum of E[r] - alpha KL(pi ‖ pi_ref): pi ∝ pi_ref exp(r / alpha).
 
-    Args:
-        reward: shape (n,), finite.
-        reference: shape (n,), >= 0, sums to one.
-        alpha: > 0, in the reward's unit per nat.
-
-    Raises:
-        ValueError: input outside these bounds.
-
     Source: arXiv 2510.03865, Lemma 3.1.
     """
     r, p = _checked(reward, reference, alpha=alpha)
@@ -59,14 +52,6 @@ def forward_kl_optimum(reward: npt.ArrayLike, reference: npt.ArrayLike, *, alpha
 
     Where the best reward lies off the reference's support, lambda cannot fall below it (Karush-Kuhn-Tucker): what mass
     is then left goes to those items in equal shares, any split being optimal.
-
-    Args:
-        reward: shape (n,), finite.
-        reference: shape (n,), >= 0, sums to one.
-        alpha: > 0, in the reward's unit per nat.
-
-    Raises:
-        ValueError: input outside these bounds.
 
     Source: arXiv 2510.03865, Lemma 3.2.
     """
@@ -96,15 +81,6 @@ def rapo_optimum(reward: npt.ArrayLike, reference: npt.ArrayLike, *, alpha: floa
 
     With y = alpha pi_ref / (beta pi) the condition is y + log y = (lambda - r) / beta + 1 + log(alpha pi_ref / beta),
     so that y is Wright's omega of the right-hand side; where pi_ref = 0, pi = exp((r - lambda) / beta - 1).
-
-    Args:
-        reward: shape (n,), finite.
-        reference: shape (n,), >= 0, sums to one.
-        alpha: > 0, in the reward's unit per nat.
-        beta: > 0, in the reward's unit per nat.
-
-    Raises:
-        ValueError: input outside these bounds.
 
     Source: arXiv 2510.03865, Proposition 3.3.
     """
