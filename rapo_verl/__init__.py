@@ -3,6 +3,10 @@
 __version__ = "0.1.0"
 
 
+class Failed(RuntimeError):
+    """What was asked for was begun and ended badly; what it finished is kept. Every command ends with code 1 on it."""
+
+
 class Refused(ValueError):
     """What was asked for cannot be done as it was asked; nothing was started. Every command ends with code 2 on it.
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from stub_evaluation import PROBLEMS, SHARD, N, StubEngine, answer, draw, plan, run
 
-from rapo_verl import Refused
-from rapo_verl.evaluation.generate import GenerationError
+from rapo_verl import Failed, Refused
 from rapo_verl.evaluation.spec import Plan, Sampling
 from rapo_verl.evaluation.store import ShardError, Store, read_stated
 from rapo_verl.evaluation.watch import look
@@ -104,7 +103,7 @@ def test_engines_that_never_finish_a_shard_end_the_run(tmp_path):
         made.append(StubEngine(lost_after=0))
         return made[-1:] if not alive else []
 
-    with pytest.raises(GenerationError, match="lost without a shard finished"):
+    with pytest.raises(Failed, match="lost without a shard finished"):
         run(draw(tmp_path), fleet=fleet)
     assert len(made) <= 5
 

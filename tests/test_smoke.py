@@ -11,13 +11,14 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from rapo_verl import Failed
 from rapo_verl.cli import app
+from rapo_verl.cli.base import commands
 from rapo_verl.plan.model import PUBLISHED
 from rapo_verl.run.compose import compose_config
 from rapo_verl.run.preflight import problems_of
 from rapo_verl.toy import smoke
 from rapo_verl.toy.base_model import random_checkpoint
-from rapo_verl.toy.demo import StageError
 from rapo_verl.toy.make import MODEL_DIR, write_problems
 from rapo_verl.toy.world import World
 
@@ -62,9 +63,24 @@ def test_smoke_passes_every_check_of_a_run(tiny, tmp_path, device):
     assert not config.actor_rollout_ref.model.use_remove_padding  # this machine has no flash-attn
 
 
-def test_smoke_refuses_an_unknown_key_in_a_sentence(tmp_path):
-    done = CliRunner().invoke(app, ["smoke", "--out", str(tmp_path), "--", "data.nonsense=1"])
-    assert done.exit_code == 2 and "nonsense" in done.output
+@pytest.mark.parametrize("command", ["smoke", "demo"])
+def test_an_unknown_key_is_refused_in_a_sentence_and_nothing_is_made(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, [command, "--out", str(tmp_path / "out"), "--", "data.nonsense=1"])
+    assert done.exit_code == 2 and "nonsense" in done.output and "Traceback" not in done.output
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_fails_on_the_way_ends_with_code_one_and_a_sentence():
+    broken = commands("Nothing.")
+
+    @broken.command("break")
+    def _break():
+        raise Failed("the third step failed; see the log")
+
+    broken.command("other")(lambda: None)
+    done = CliRunner().invoke(broken, ["break"])
+    assert done.exit_code == 1 and done.output == "rapo: the third step failed; see the log\n"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +90,7 @@ def test_smoke_fails_on_a_step_without_gradient_and_on_a_missing_one(tmp_path, n
     (tmp_path / "metrics").mkdir()
     lines = [json.dumps({"step": i, "data": {"actor/grad_norm": norm}}) for i, norm in enumerate(norms, start=1)]
     (tmp_path / "metrics" / "0000.jsonl").write_text("\n".join(lines))
-    with pytest.raises(StageError, match=says):
+    with pytest.raises(Failed, match=says):
         smoke._check_steps(tmp_path, 3)
 
 

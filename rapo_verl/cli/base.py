@@ -6,15 +6,15 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from rapo_verl import Refused
-from rapo_verl.run.names import REFUSED
+from rapo_verl import Failed, Refused
+from rapo_verl.run.names import FAILED, REFUSED
 
 # Of `rapo --help`, in this order; None: commands of a group.
 PANELS = (None, "Train", "Evaluate", "Data", "Look")
 
 
 class Commands(TyperGroup):
-    """Commands that end with code 2 and what to do on `Refused`, wherever it was raised."""
+    """Commands that end with code 2 on `Refused` and with code 1 on `Failed`, wherever it was raised, and say why."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names in the order of their panels."""
@@ -30,6 +30,9 @@ class Commands(TyperGroup):
             for problem in error.problems:
                 print(f"- {problem}", file=sys.stderr)
             raise typer.Exit(REFUSED) from error
+        except Failed as error:
+            print(f"rapo: {error}", file=sys.stderr)
+            raise typer.Exit(FAILED) from error
 
 
 def commands(help: str) -> typer.Typer:
@@ -41,14 +44,8 @@ def commands(help: str) -> typer.Typer:
 
 def composed(overrides: list[str]) -> Any:
     """Return the resolved config of the overrides."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from rapo_verl.run.compose import compose_config, experiments
+    from rapo_verl.run.compose import compose_or_refuse, experiments
 
     if not any(override.startswith("experiment=") for override in overrides):
         raise Refused(f"no experiment given; allowed: {', '.join(f'experiment={name}' for name in experiments())}")
-    try:
-        return compose_config(overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise Refused(str(error)) from error
+    return compose_or_refuse(overrides)

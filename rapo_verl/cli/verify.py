@@ -16,7 +16,7 @@ app = commands("Judge answers.")
 def verify(
     gold: Annotated[str | None, typer.Argument(help="the right answer")] = None,
     response: Annotated[str | None, typer.Argument(help="a model's text, with its answer in \\boxed{}")] = None,
-    file: Annotated[Path | None, typer.Option(help="JSON lines with fields gold and response instead")] = None,
+    file: Annotated[Path | None, typer.Option(help="JSON lines, CSV or parquet with gold and response instead")] = None,
     strictness: Annotated[str, typer.Option(help="integer, symmetric or math_verify")] = "symmetric",
     deadline: Annotated[float, typer.Option(help="seconds that one comparison may take")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="print a line of JSON each")] = False,
@@ -31,7 +31,7 @@ def verify(
     if settings.problems():
         raise Refused(settings.problems())
     if (file is None) == (gold is None or response is None):
-        raise Refused("give GOLD and RESPONSE, or --file with JSON lines that have both")
+        raise Refused("give GOLD and RESPONSE, or --file with rows that have both")
     pairs = _pairs(file) if file else [(str(gold), str(response))]
     verifier = Verifier(settings)
     try:
@@ -47,26 +47,14 @@ def verify(
 
 
 def _pairs(file: Path) -> list[tuple[str, str]]:
-    """Return (gold, response) of each line of a file."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{file} cannot be read: {error}") from error
-    pairs, problems = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row: Any = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("gold"), str) and isinstance(row.get("response"), str):
-            pairs.append((row["gold"], row["response"]))
-        else:
-            problems.append(f"{file}, line {number}: no JSON object whose fields gold and response are strings")
-    if problems or not pairs:
-        raise Refused(problems[:20] or [f"{file} has no line"])
-    return pairs
+    """Return (gold, response) of each row of a file."""
+    from rapo_verl.data.sources import read_records
+
+    rows, _ = read_records(file)
+    bad = [i for i, row in enumerate(rows) if not all(isinstance(row.get(key), str) for key in ("gold", "response"))]
+    if bad:
+        raise Refused([f"{file}, row {i}: fields gold and response must be there and be text" for i in bad[:20]])
+    return [(row["gold"], row["response"]) for row in rows]
 
 
 def _why(verdict: Any, gold: str, box: str | None, settings: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from rapo_verl import Failed
 from rapo_verl.evaluation.spec import Job, Plan, Sampling
 from rapo_verl.evaluation.store import Samples, Store
 
@@ -20,10 +21,6 @@ POLL_S = 5.0
 
 class EngineLostError(RuntimeError):
     """An engine died, or its machine did; what it had in hand is done again elsewhere."""
-
-
-class GenerationError(RuntimeError):
-    """Generation cannot go on; what was finished is on disk."""
 
 
 class Request(NamedTuple):
@@ -124,7 +121,7 @@ class _Queue:
             engine.close()
             self.barren += 1
         if self.barren > max(3, self.most) or self.attempts[id(draw), job] >= MAX_ATTEMPTS:
-            raise GenerationError(
+            raise Failed(
                 f"{self.barren} engine(s) were lost without a shard finished, problem "
                 f"{draw.plan.problems[job.problem].id!r} shard {job.shard} {self.attempts[id(draw), job]} time(s); "
                 f"the last error: {error}"
@@ -155,7 +152,7 @@ async def generate(
         What was wrong with files that were found damaged and made again.
 
     Raises:
-        GenerationError: engines are lost time and again.
+        Failed: engines are lost time and again.
     """
     queue = _Queue(draws, fleet, done)
     damaged: list[str] = []

@@ -7,8 +7,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
+from rapo_verl import Refused
 from rapo_verl.method.config import RapoConfig
 
 PARENT = "rapo"
@@ -66,6 +69,14 @@ def compose_config(overrides: list[str]) -> DictConfig:
             config.trainer.experiment_name = choice or "rapo"
     OmegaConf.resolve(config)
     return config
+
+
+def compose_or_refuse(overrides: list[str]) -> DictConfig:
+    """Return what `compose_config` does; what Hydra or OmegaConf have against the overrides is Refused."""
+    try:
+        return compose_config(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise Refused(str(error)) from error
 
 
 def _schema() -> DictConfig:

@@ -6,29 +6,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from rapo_verl import Failed, Refused
 from rapo_verl.report.load import load_study
 from rapo_verl.report.page import print_table, write_report
 from rapo_verl.report.statistics import Numbers
-from rapo_verl.run.compose import compose_config
+from rapo_verl.run.compose import compose_or_refuse
 from rapo_verl.run.launch import read_metrics, run
 from rapo_verl.run.names import CONFIG_FILE, ENVIRONMENT_FILE
 from rapo_verl.run.preflight import problems_of
-from rapo_verl.run.processes import no_process_left
 from rapo_verl.toy.evaluate import BASE, EXACT_FILE, HARD_FOLDER
 from rapo_verl.toy.make import MODEL_DIR, make_toy
 
 console = Console(stderr=True)
-
-
-class StageError(RuntimeError):
-    """A stage of the demo failed."""
 
 
 @contextmanager
@@ -44,57 +40,37 @@ def train(experiment: str, run_dir: Path, overrides: list[str]) -> Path:
     """Run (or go on with) one experiment and return the folder of its last Hugging Face checkpoint.
 
     Raises:
-        StageError: the config has problems, or the run ended with another exit code than 0.
+        Failed: the run ended with another exit code than 0.
     """
-    config = compose_config([f"experiment={experiment}", f"run_dir={run_dir}", *overrides])
+    config = compose_or_refuse([f"experiment={experiment}", f"run_dir={run_dir}", *overrides])
     model = run_dir / "checkpoints" / f"global_step_{config.trainer.total_training_steps}" / "actor" / "huggingface"
     if (model / "model.safetensors").exists():
         console.print(f"      {experiment}: already trained in {run_dir}", highlight=False)
         return model
     problems = problems_of(config)
     if problems:
-        raise StageError("\n".join(problems))
+        raise Refused(problems)
     code = run(config)
     if code != 0:
-        raise StageError(f"{experiment} ended with exit code {code}; see {run_dir}")
+        raise Failed(f"{experiment} ended with exit code {code}; see {run_dir}")
     return model
 
 
-@contextmanager
-def evaluating(
-    models: dict[str, Path], toy_dir: Path, out: Path, *, n: int, limit: int, beside: bool
-) -> Iterator[None]:
-    """Evaluate checkpoints while the body runs, then wait; in a process of its own, with which vLLM's memory goes.
-
-    Args:
-        models: key to checkpoint.
-        toy_dir: folder made by `rapo_verl.toy.make`.
-        out: folder of the demo.
-        n: responses per problem.
-        limit: number of problems.
-        beside: leave processors and terminal to the body: low priority, and the progress bar goes to the log.
+def evaluate(models: dict[str, Path], toy_dir: Path, out: Path, *, n: int, limit: int) -> None:
+    """Evaluate checkpoints, by their keys, in a process of its own, with which vLLM's memory goes.
 
     Raises:
-        StageError: the evaluation failed.
+        Failed: the evaluation failed.
     """
-    names, folder = ", ".join(models), out / "eval"
-    command = [sys.executable, "-m", "rapo_verl.toy.evaluate", str(toy_dir), str(folder), "--n", str(n)]
-    command += ["--limit", str(limit), "--nice", "15" if beside else "0"]
-    command += [f"{key}={path}" for key, path in models.items()]
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / f"evaluate_{'_'.join(models)}.log"
-    with log.open("wb") as file:
+    command = [sys.executable, "-m", "rapo_verl.toy.evaluate", str(toy_dir), str(out)]
+    command += [f"--n={n}", f"--limit={limit}", *(f"{key}={path}" for key, path in models.items())]
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "evaluate.log"
+    with log.open("wb") as file:  # the progress bar is on stderr
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-        errors = file if beside else None  # else stderr stays here: it carries the progress bar
-        child = subprocess.Popen(command, stdout=file, stderr=errors, env=environment)
-        with no_process_left(child) as running:
-            yield
-            if beside and running():
-                console.print(f"      finishing the responses of {names}, begun beside the training", highlight=False)
-            while running():
-                time.sleep(0.2)
-    if child.returncode != 0:
-        raise StageError(f"the evaluation of {names} ended with exit code {child.returncode}; see {log}")
+        code = subprocess.run(command, stdout=file, env=environment).returncode
+    if code != 0:
+        raise Failed(f"the evaluation ended with exit code {code}; see {log}")
 
 
 def write_demo_report(out: Path, labels: dict[str, str], settings: dict[str, str]) -> Numbers:
@@ -149,27 +125,24 @@ def demo(out: Path, *, seed: int = 0, n: int = 512, limit: int = 96, overrides: 
         overrides: Hydra overrides for both trainings.
 
     Raises:
-        StageError: a stage failed; the message says where to look.
+        Failed: a stage failed; the message says where to look.
     """
     out = out.absolute()
     toy_dir = Path(f"runs/toy/base{seed}").absolute()
     common = [f"toy_dir={toy_dir}", *(overrides or [])]
-    base = toy_dir / MODEL_DIR
+    models = {BASE: toy_dir / MODEL_DIR}
     labels = {BASE: "base", "grpo": "GRPO", "rapo": "RAPO"}
+    for experiment in ("toy_rapo_cpu", "toy_grpo_cpu"):
+        compose_or_refuse([f"experiment={experiment}", *common])  # before minutes of pre-training
     through = "through veRL: Ray, FSDP2 on gloo, vLLM, TransferQueue, reward loop"
     with stage(1, 5, "the toy's problems and its base model, pre-trained on the spot"):
         make_toy(toy_dir, seed=seed)
     with stage(2, 5, f"RAPO {through}"):
-        rapo = train("toy_rapo_cpu", out / "rapo", common)
-    # A training leaves a third of two cores idle: what can be sampled already is, beside it.
-    with ExitStack() as beside:
-        with stage(3, 5, f"GRPO {through}; beside it, responses of base and RAPO"):
-            beside.enter_context(evaluating({BASE: base, "rapo": rapo}, toy_dir, out, n=n, limit=limit, beside=True))
-            grpo = train("toy_grpo_cpu", out / "grpo", common)
-        with stage(4, 5, f"{n} responses to each of {limit} held-out problems, from each model"):
-            with evaluating({"grpo": grpo}, toy_dir, out, n=n, limit=limit, beside=False):
-                pass
-            beside.close()
+        models["rapo"] = train("toy_rapo_cpu", out / "rapo", common)
+    with stage(3, 5, f"GRPO {through}"):
+        models["grpo"] = train("toy_grpo_cpu", out / "grpo", common)
+    with stage(4, 5, f"{n} responses to each of {limit} held-out problems, from each model"):
+        evaluate(models, toy_dir, out / "eval", n=n, limit=limit)
     with stage(5, 5, "the report"):
         settings = {
             f"{labels[key]}: {what}": text for key in ("grpo", "rapo") for what, text in settings_of(out / key).items()

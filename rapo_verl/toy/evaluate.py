@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -61,10 +60,8 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="key=checkpoint")
     parser.add_argument("--n", type=int, required=True)
     parser.add_argument("--limit", type=int, required=True)
-    parser.add_argument("--nice", type=int, default=0, help="added to the niceness of this process and its own")
     args = parser.parse_args()
     end_with_parent()
-    os.nice(args.nice)
     transformers.utils.logging.disable_progress_bar()  # of loading 27 tensors
     models = {key: Path(path) for key, path in (text.split("=", 1) for text in args.models)}
     evaluate(models, args.toy_dir, args.out, n=args.n, limit=args.limit)

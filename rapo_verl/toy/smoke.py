@@ -10,17 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from rapo_verl import Refused
+from rapo_verl import Failed, Refused
 from rapo_verl.evaluation.engines import has_gpu
-from rapo_verl.run.compose import compose_config
+from rapo_verl.run.compose import compose_or_refuse
 from rapo_verl.run.launch import read_metrics
 from rapo_verl.run.names import CHECKPOINTS_DIR
 from rapo_verl.toy.base_model import build_model, build_tokenizer, random_checkpoint, save_checkpoint
-from rapo_verl.toy.demo import StageError, console, stage, train
+from rapo_verl.toy.demo import console, stage, train
 from rapo_verl.toy.make import EVAL_FILE, MODEL_DIR, TRAIN_FILE, write_problems
 from rapo_verl.toy.world import World
 
@@ -55,7 +53,7 @@ def smoke(out: Path, overrides: list[str]) -> None:
 
     Raises:
         Refused: an unknown key or value.
-        StageError: the machine does not train; the message says where to look.
+        Failed: the machine does not train; the message says where to look.
     """
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=time.strftime("%m%d-%H%M%S-"), dir=out)).absolute()
@@ -64,10 +62,10 @@ def smoke(out: Path, overrides: list[str]) -> None:
     chosen = [*smoke_overrides(folder, device), *overrides]
     experiment = "qwen2.5_0.5b_1gpu" if device == "cuda" else "toy_rapo_cpu"
     try:
-        config = compose_config([f"experiment={experiment}", *chosen])
-    except (HydraException, OmegaConfBaseException) as error:
+        config = compose_or_refuse([f"experiment={experiment}", *chosen])
+    except Refused:
         folder.rmdir()
-        raise Refused(str(error)) from error
+        raise
     console.print(f"{experiment} on {_name(device)}, in {folder}", highlight=False, soft_wrap=True)
     with stage(1, 4, "problems, and a model of random weights"):
         write_problems(World(0), folder, train=(384, 0), evaluation=(24, 99))
@@ -123,7 +121,7 @@ def _make_model(folder: Path, device: str) -> None:
     try:
         random_checkpoint(SHAPE, folder, device=device)
     except RuntimeError as error:  # what torch raises of CUDA, memory included
-        raise StageError(f"{error}; see `rapo doctor` and nvidia-smi") from error
+        raise Failed(f"{error}; see `rapo doctor` and nvidia-smi") from error
     torch.cuda.empty_cache()
 
 
@@ -131,7 +129,7 @@ def _check_steps(run: Path, count: int) -> None:
     """Print the seconds of each step.
 
     Raises:
-        StageError: fewer steps than that, or one whose gradient is none.
+        Failed: fewer steps than that, or one whose gradient is none.
     """
     steps = read_metrics(run)
     for step in steps:
@@ -139,16 +137,16 @@ def _check_steps(run: Path, count: int) -> None:
         norm = step.get("actor/grad_norm", 0.0)
         console.print(f"      step {step['step']}: gradient {norm:.3g}; seconds: {times}", highlight=False)
         if not (math.isfinite(norm) and norm > 0):
-            raise StageError(f"step {step['step']} has a gradient of norm {norm}; see {run}")
+            raise Failed(f"step {step['step']} has a gradient of norm {norm}; see {run}")
     if len(steps) != count:
-        raise StageError(f"{len(steps)} steps were made, not {count}; see {run}")
+        raise Failed(f"{len(steps)} steps were made, not {count}; see {run}")
 
 
 def _evaluate(run: Path, folder: Path, config: DictConfig) -> None:
     """Sample the run's checkpoint and judge the samples by the commands that a user has.
 
     Raises:
-        StageError: a command failed; the second does if a sample is missing.
+        Failed: a command failed; the second does if a sample is missing.
     """
     out, log = folder / "eval", folder / "eval.log"
     rollout: Any = config.actor_rollout_ref.rollout
@@ -164,7 +162,7 @@ def _evaluate(run: Path, folder: Path, config: DictConfig) -> None:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
         if code != 0:
             tail = "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-15:])
-            raise StageError(f"`rapo eval {arguments[0]}` ended with exit code {code}; see {log}, which ends:\n{tail}")
+            raise Failed(f"`rapo eval {arguments[0]}` ended with exit code {code}; see {log}, which ends:\n{tail}")
 
 
 def _name(device: str) -> str:
