@@ -1,17 +1,20 @@
 """Time and peak memory of log-prob, entropy and top-k forward KL: ours, veRL's, and two common formulations.
 
     python benchmarks/head.py --rows 4096 --columns 38016
-    python benchmarks/head.py --device cuda --rows 8192 --columns 152064 --dtype bfloat16 --only ours "ours, in place"
+    python benchmarks/head.py --device cuda --rows 8192 --columns 152064 --dtype bfloat16 --only ours "ours, no target"
+    python benchmarks/head.py --device cuda --rows 8192 --columns 152064 --dtype bfloat16 --sweep
 
 Forward and backward on the same logits, labels and top-k reference, one formulation after the other, in rounds. Memory
 is counted by the tensors made, in units of one fp32 [rows, columns] tensor, the logits themselves excluded: the peak in
 the forward, what is kept for the backward, and the peak in the backward with the logits' gradient. Seconds are CPU
 seconds of this process (with one thread: what an idle machine's clock would show), on a GPU those of the clock, where
 the time is also set against copying: one read of the logits and one write of as much at the measured bandwidth.
-(Forward and backward together read twice and write once, so that 1.5 is what bandwidth alone would allow.)
+(Forward and backward together read twice and write once, so that 1.5 is what bandwidth alone would allow.) ``--sweep``
+times the two Triton kernels alone at other numbers of warps and loads, against copying, the fastest first.
 
 * ours: `rapo_verl.method.head`, on a GPU with its Triton kernels. The KL has a tail bucket.
-* ours, in place: the same with the gradient written over the logits. ours, torch: without Triton.
+* ours, in place: the same with the gradient written over the logits. ours, no target: log-prob and entropy alone.
+  ours, torch: without Triton.
 * veRL Megatron: `_lm_head_logits_processor` of its engine at TP = 1, with entropy and its top-k KL (no tail).
 * veRL FSDP: entropy (chunked), `compute_forward_kl_topk` (chunked) and log-prob, as its engine calls them (no tail).
 * NeMo-RL style: chunked log-softmax of both sides renormalised on the k tokens; entropy and log-prob by log-softmax.
@@ -21,12 +24,14 @@ The last two are our own writing of those formulations, not those projects' code
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import time
 import types
 import weakref
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import torch
@@ -34,7 +39,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
-from rapo_verl.method.head import KERNEL_VARIABLE, Target, head
+from rapo_verl.method import head as head_module
+from rapo_verl.method import head_torch
+from rapo_verl.method.head import Target, head
 
 
 class Memory(TorchDispatchMode):
@@ -97,8 +104,13 @@ def ours_in_place(case: Case, logits: torch.Tensor) -> tuple:
 
 def ours_torch(case: Case, logits: torch.Tensor) -> tuple:
     """The same without Triton."""
-    with mock.patch.dict(os.environ, {KERNEL_VARIABLE: "torch"}):
+    with mock.patch.object(head_module, "sweeps_for", lambda *_: head_torch):
         return ours(case, logits)
+
+
+def ours_no_target(case: Case, logits: torch.Tensor) -> tuple:
+    """Log-prob and entropy alone."""
+    return tuple(head(logits, case.labels, temperature=case.temperature))[:2]
 
 
 def verl_megatron(case: Case, logits: torch.Tensor) -> tuple:
@@ -161,6 +173,7 @@ def trl_style(case: Case, logits: torch.Tensor) -> tuple:
 FORMULATIONS: dict[str, Callable] = {
     "ours": ours,
     "ours, in place": ours_in_place,
+    "ours, no target": ours_no_target,
     "ours, torch": ours_torch,
     "veRL Megatron": verl_megatron,
     "veRL FSDP": verl_fsdp,
@@ -207,6 +220,44 @@ def copy_seconds(logits: torch.Tensor) -> float:
     return min(seconds)
 
 
+def sweep(case: Case) -> None:
+    """Print the times of the two kernels at other numbers of warps and loads, with the case's target and without."""
+    from triton.testing import do_bench
+
+    from rapo_verl.method import head_triton
+
+    logits, n = case.logits, len(case.logits)
+    copy, gradient = copy_seconds(logits), torch.empty_like(logits)
+    ids, order = case.ids.sort(1)
+    q, one, each = (
+        case.log_q.gather(1, order).exp(),
+        torch.ones_like(case.log_tail),
+        torch.randn(3, n).to(logits.device),
+    )
+
+    def runs(k: int) -> dict[str, Callable]:
+        named = ids[:, :k].contiguous()
+        terms = head_torch.GradientTerms(case.labels, named, q[:, :k].contiguous(), one, one, one, 12 * one, one, *each)
+        write = partial(head_triton.write_gradient, logits=logits, where=slice(None), terms=terms, start=0)
+        return {
+            "SUMS": partial(head_triton.sums, logits, slice(None), one, case.labels, named, None, 0),
+            "GRADIENT": partial(write, gradient),
+            "GRADIENT in place": partial(write, logits),
+        }
+
+    print(f"one read and one write of the logits: {copy * 1e3:.3f} ms; below: warps x loads and ms, the fastest first")
+    for kernel, run in runs(ids.shape[1]).items():
+        found, name = [], kernel.split()[0]
+        for warps, loads in itertools.product((4, 8, 16), (1, 2, 4)):
+            settings = {f"{name}_WARPS": warps, f"{name}_LOADS": loads}
+            with mock.patch.multiple(head_triton, **settings):
+                found.append((do_bench(run, warmup=3, rep=15, return_mode="median"), warps, loads))
+                if (warps, loads) == (4, 1):
+                    print(f"{kernel}, no target, 4x1: {do_bench(runs(0)[kernel], rep=15, return_mode='median'):.3f}")
+        best = "  ".join(f"{warps}x{loads} {ms:.3f}" for ms, warps, loads in sorted(found))
+        print(f"{kernel:18} {min(found)[0] / copy / 1e3:5.2f} times copying: {best}", flush=True)
+
+
 def single_process_group() -> None:
     """Make the process group of one that veRL's Megatron head wants."""
     from megatron.core import parallel_state
@@ -227,10 +278,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", choices=list(FORMULATIONS))
+    parser.add_argument("--sweep", action="store_true", help="time Triton's kernels at other settings, and stop")
     args = parser.parse_args()
+    if args.sweep:
+        sweep(Case(args.rows, args.columns, args.k, getattr(torch, args.dtype), args.device, keep_reference=False))
+        return
     # Without CUDA, "ours" is in torch anyway.
     args.only = args.only or [name for name in FORMULATIONS if args.device != "cpu" or name != "ours, torch"]
-    single_process_group()
+    if any(name.startswith("veRL") for name in args.only):
+        single_process_group()
     dtype, keep = getattr(torch, args.dtype), "TRL style" in args.only
     case = Case(args.rows, args.columns, args.k, dtype, args.device, keep_reference=keep)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in args.only}
@@ -245,17 +301,17 @@ def main() -> None:
                 seconds[name].append(found[:2])
     threads = f", {torch.get_num_threads()} thread(s)" if args.device == "cpu" else ""
     print(f"[{args.rows}, {args.columns}] {args.dtype}, k = {args.k}, {args.device}{threads}, {args.rounds} rounds")
-    print(f"{'':15} {'forward s':>10} {'backward s':>10} {'both':>8} {'memory: fwd':>12} {'kept':>6} {'bwd':>6}")
+    copy = None if args.device == "cpu" else copy_seconds(case.logits)
+    against = "" if copy is None else f" x copying, {copy * 1e3:.2f} ms"
+    print(
+        f"{'':15} {'forward s':>10} {'backward s':>10} {'both':>8} {'memory: fwd':>12} {'kept':>6} {'bwd':>6}{against}"
+    )
     for name in args.only:
         forward, backward = (statistics.median(s) for s in zip(*seconds[name]))
         both = statistics.median(sum(s) for s in seconds[name])
         a, b, c = units[name]
-        print(f"{name:15} {forward:10.3f} {backward:10.3f} {both:8.3f} {a:12.2f} {b:6.2f} {c:6.2f}")
-    if args.device != "cpu":
-        copy = copy_seconds(case.logits)
-        print(f"one read and one write of the logits: {copy:.4f} s, of which each takes")
-        for name in args.only:
-            print(f"{name:15} {statistics.median(sum(s) for s in seconds[name]) / copy:10.2f} times")
+        times = "" if copy is None else f"{both / copy:11.2f}"
+        print(f"{name:15} {forward:10.4f} {backward:10.4f} {both:8.4f} {a:12.2f} {b:6.2f} {c:6.2f}{times}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
 import itertools
 import math
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from rapo_verl.method import head as head_module
 from rapo_verl.method.head import HeadOutput, Target, chunk_size, head
 
 ROWS, VOCABULARY, K = 11, 38, 5
@@ -33,13 +36,19 @@ class Case:
         self.target = Target(top.indices.int(), top.values, off(self.log_q, top.indices))
         self.weights = torch.randn(3, rows, dtype=torch.float64, generator=generator)
 
-    def run(self, logits=None, weights=None, **options) -> tuple[HeadOutput, torch.Tensor]:
+    def run(self, logits=None, weights=None, chunk_rows=None, **options) -> tuple[HeadOutput, torch.Tensor]:
         logits = (self.logits if logits is None else logits).clone().requires_grad_(True)
         options = {"temperature": self.temperature, "target": self.target} | options
-        out = head(logits, self.labels, **options)
         weights = self.weights if weights is None else weights
-        sum((w.to(x.dtype) * x).sum() for w, x in zip(weights, out)).backward()
+        with chunks_of(chunk_rows) if chunk_rows else nullcontext():
+            out = head(logits, self.labels, **options)
+            sum((w.to(x.dtype) * x).sum() for w, x in zip(weights, out)).backward()
         return HeadOutput(*(x.detach() for x in out)), logits.grad
+
+
+def chunks_of(rows: int):
+    """Let the head take so many tokens at a time."""
+    return mock.patch.object(head_module, "chunk_size", lambda *_: rows)
 
 
 def off(log_q: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -94,9 +103,10 @@ def test_gradcheck_in_fp64():
     case = Case(rows=4)
 
     def function(logits):
-        return tuple(head(logits, case.labels, temperature=case.temperature, target=case.target, chunk_rows=3))
+        return tuple(head(logits, case.labels, temperature=case.temperature, target=case.target))
 
-    assert torch.autograd.gradcheck(function, (case.logits.clone().requires_grad_(True),))
+    with chunks_of(3):
+        assert torch.autograd.gradcheck(function, (case.logits.clone().requires_grad_(True),))
 
 
 def test_forward_kl_is_zero_at_equality_positive_elsewhere_and_has_its_direction():
@@ -139,10 +149,12 @@ def test_gradient_in_place_of_the_logits_is_the_same_and_cannot_be_taken_twice(s
     _, want = case.run(rows=rows)
     leaf = case.logits.clone().requires_grad_(True)
     logits = leaf * 1.0  # a result, as a model's logits are
-    out = head(logits, case.labels, temperature=case.temperature, target=case.target, rows=rows, chunk_rows=3,
-               gradient_in_place=True)  # fmt: skip
-    loss = sum((w * x).sum() for w, x in zip(case.weights, out))
-    loss.backward(retain_graph=True)
+    with chunks_of(3):
+        out = head(
+            logits, case.labels, temperature=case.temperature, target=case.target, rows=rows, gradient_in_place=True
+        )
+        loss = sum((w * x).sum() for w, x in zip(case.weights, out))
+        loss.backward(retain_graph=True)
     assert torch.equal(leaf.grad, want) and torch.equal(logits.detach(), want)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -329,8 +341,8 @@ def test_memory_stays_within_its_budget(dtype, in_place, backward, some_rows):
     target = Target(top.indices, top.values, (1 - top.values.exp().sum(1)).log())
     labels = torch.randint(0, vocabulary, (n,))
     rows = torch.arange(n) % 5 > 0 if some_rows else None
-    with Memory() as memory:
-        out = head(logits, labels, target=target, rows=rows, chunk_rows=n // 32, gradient_in_place=in_place)
+    with Memory() as memory, chunks_of(n // 32):
+        out = head(logits, labels, target=target, rows=rows, gradient_in_place=in_place)
         forward, saved = memory.peak, memory.live
         memory.peak = memory.live
         torch.autograd.grad(sum(x.sum() for x in out), logits)

@@ -14,7 +14,9 @@ import torch.multiprocessing as mp
 from test_head import EXACT, ROWS, SINGLE, VOCABULARY, Case, assert_same, by_autograd, edge_case, edge_rows
 
 from rapo_verl.method import head as head_module
-from rapo_verl.method.head import KERNEL_VARIABLE, TRITON_NAMED, head
+from rapo_verl.method import linear_head as linear_module
+from rapo_verl.method.head import TRITON_NAMED, head
+from rapo_verl.method.linear_head import linear_head
 
 triton = pytest.importorskip("triton")
 
@@ -31,11 +33,13 @@ def test_kernels_in_tritons_interpreter_do_what_torch_does():
 
 
 def interpret() -> None:
-    """Put the kernels in the head's place, in blocks of 16 columns: three for the 38 of the cases."""
+    """Put the kernels in the heads' place, in blocks of 16 columns: three for the 38 of the cases."""
     from rapo_verl.method import head_triton
 
-    head_triton.BLOCK = 16
-    head_module._sweeps = lambda *_: head_triton
+    head_triton.THREADS_OF_WARP = 1
+    head_triton.SUMS_WARPS, head_triton.SUMS_LOADS = 1, 2
+    head_triton.GRADIENT_WARPS, head_triton.GRADIENT_LOADS = 2, 1
+    head_module.sweeps_for = linear_module.sweeps_for = lambda *_: head_triton
 
 
 def values_and_gradient():
@@ -44,10 +48,9 @@ def values_and_gradient():
         assert_same(case.run(), by_autograd(case))
 
 
-def chunks_and_strides():
+def strides():
     case = Case()
     want = by_autograd(case)
-    assert_same(case.run(chunk_rows=4), want)
     wide = torch.zeros(VOCABULARY, 2 * ROWS, dtype=torch.float64)
     wide[:, ::2] = case.logits.T
     out, gradient = case.run(wide.T[::2])
@@ -64,6 +67,34 @@ def precision():
         # The interpreter cuts the bits off that a bf16 has not (triton 3.9.0 runtime/interpreter.py:562); a GPU rounds.
         rounding = {"rtol": 2**-7, "atol": 1e-6} if dtype == torch.bfloat16 else SINGLE
         torch.testing.assert_close(gradient.double(), want_gradient, **rounding)
+
+
+def log_prob_has_the_same_bits_with_and_without_a_target():
+    case = Case(dtype=torch.bfloat16)
+    with_target, without = (head(case.logits, case.labels, target=target) for target in (case.target, None))
+    assert torch.equal(with_target.log_prob, without.log_prob) and torch.equal(with_target.entropy, without.entropy)
+
+
+def logits_masked_by_the_lowest_number():
+    for dtype in (torch.bfloat16, torch.float16):
+        case = Case(dtype=dtype)
+        case.logits[:, 3:35] = torch.finfo(dtype).min  # two whole blocks, and what pads the last
+        case.logits[:, 3:35:7] = -1e4
+        case.temperature = torch.full((ROWS,), 1.5)
+        case.weights = case.weights * torch.tensor([[0.0], [1.0], [0.0]])
+        (out, gradient), (want, want_gradient) = case.run(), by_autograd(case)
+        torch.testing.assert_close(out.entropy.double(), want.entropy, **SINGLE)
+        torch.testing.assert_close(gradient.double(), want_gradient, rtol=2**-7, atol=1e-6)
+
+
+def linear_head_takes_the_same_sweep():
+    case = Case()
+    weight = torch.randn(VOCABULARY, 6, dtype=torch.float64)
+    hidden = torch.randn(ROWS, 6, dtype=torch.float64)
+    got = linear_head(hidden, weight, case.labels, temperature=case.temperature, rows=edge_rows())
+    want = head(hidden @ weight.T, case.labels, temperature=case.temperature, rows=edge_rows())
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, **EXACT)
 
 
 def small_tail():
@@ -134,7 +165,9 @@ def two_shards():
 INTERPRETED = {
     f.__name__: f
     for f in (
-        values_and_gradient, chunks_and_strides, precision, small_tail, rows_left_out, gradient_in_place,
+        values_and_gradient, strides, precision, small_tail, rows_left_out,
+        log_prob_has_the_same_bits_with_and_without_a_target, logits_masked_by_the_lowest_number,
+        linear_head_takes_the_same_sweep, gradient_in_place,
         one_output_alone, non_finite_logits, two_shards,
     )
 }  # fmt: skip
@@ -150,43 +183,42 @@ def test_kernels_compile_for_a_gpu_without_spilling(capability, tmp_path, monkey
     from rapo_verl.method import head_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"logits": "*bf16", "gradient": "*bf16", "index": "*i64", "ids": "*i64", "labels": "*i64"}
+    types = {"logits": "*bf16", "gradient": "*bf16", "rows": "*i1", "ids": "*i64", "labels": "*i64"}
     types |= dict.fromkeys(("columns", "start", "named", "row_stride", "gradient_row_stride"), "i32")
-    for kernel, warps in (
-        (head_triton._sums_kernel, head_triton.SUMS_WARPS),
-        (head_triton._gradient_kernel, head_triton.GRADIENT_WARPS),
+    for kernel, warps, loads in (
+        (head_triton._sums_kernel, head_triton.SUMS_WARPS, head_triton.SUMS_LOADS),
+        (head_triton._gradient_kernel, head_triton.GRADIENT_WARPS, head_triton.GRADIENT_LOADS),
     ):
         names = kernel.arg_names
+        constants = {"THREADS": 32 * warps, "LOADS": loads, "NAMED": 64}
         made = triton.compile(
             ASTSource(
                 fn=kernel,
-                signature={x: "constexpr" if x == "BLOCK" else types.get(x, "*fp32") for x in names},
-                constexprs={"BLOCK": head_triton.BLOCK},
+                signature={x: "constexpr" if x in constants else types.get(x, "*fp32") for x in names},
+                constexprs=constants,
                 # As Triton finds it at a launch, for a vocabulary divisible by 16.
-                attrs={(i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if x not in ("BLOCK", "named")},
+                attrs={(i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if x not in constants},
             ),
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": warps},
         )
-        assert re.search(r"ld\.global\S*\.v4", made.asm["ptx"])  # 16 bytes at a time
+        # The first block and, ahead of the sweep, the next ones: 16 bytes at a time.
+        assert len(re.findall(r"ld\.global\S*\.v4", made.asm["ptx"])) == 2 * loads
         (tmp_path / "cubin").write_bytes(made.asm["cubin"])
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "--dump-resource-usage", tmp_path / "cubin"], capture_output=True, text=True)
         assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage.stdout) == ["0", "0"], usage.stdout
 
 
-def test_kernels_are_for_cuda_and_not_for_a_target_that_names_a_vocabulary(monkeypatch):
+def test_kernels_are_for_cuda_and_not_for_a_target_that_names_a_vocabulary():
     from rapo_verl.method import head_torch, head_triton
 
     class OnDevice:
         is_cuda = True
 
-    monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
-    assert head_module._sweeps(OnDevice(), TRITON_NAMED) is head_triton
-    assert head_module._sweeps(OnDevice(), TRITON_NAMED + 1) is head_torch
-    assert head_module._sweeps(torch.zeros(1), 1) is head_torch
-    monkeypatch.setenv(KERNEL_VARIABLE, "torch")
-    assert head_module._sweeps(OnDevice(), 1) is head_torch
+    assert head_module.sweeps_for(OnDevice(), TRITON_NAMED) is head_triton
+    assert head_module.sweeps_for(OnDevice(), TRITON_NAMED + 1) is head_torch
+    assert head_module.sweeps_for(torch.zeros(1), 1) is head_torch
 
 
 # --- on a device ---
@@ -212,6 +244,28 @@ def test_kernels_on_a_gpu_are_the_definitions_in_fp64(dtype, vocabulary, k):
             torch.testing.assert_close(a.cpu().double(), b * rows, **tolerance)
         rounding = {"rtol": 2**-8, "atol": 1e-5} if dtype == torch.bfloat16 else tolerance
         torch.testing.assert_close(gradient.cpu().double(), want_gradient, **rounding)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("always")
+def test_the_host_waits_once_for_the_device():
+    case = Case(dtype=torch.bfloat16, vocabulary=4096, k=8)
+    rows, logits = (torch.arange(ROWS) % 5 != 2).cuda(), case.logits.cuda().requires_grad_(True)
+    target, labels = type(case.target)(*(x.cuda() for x in case.target)), case.labels.cuda()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as waits:
+            sum(x.sum() for x in head(logits, labels, temperature=0.7, target=target, rows=rows)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1, [str(x.message) for x in waits]
+
+
+@pytest.mark.gpu
+def test_log_prob_on_a_gpu_has_the_same_bits_with_and_without_a_target():
+    case = Case(dtype=torch.bfloat16, vocabulary=152064, k=64)
+    target, logits, labels = type(case.target)(*(x.cuda() for x in case.target)), case.logits.cuda(), case.labels.cuda()
+    assert torch.equal(head(logits, labels, target=target).log_prob, head(logits, labels).log_prob)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from test_head_engine import RESPONSES, VOCABULARY, Batch, engine, rows_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from verl.utils import tensordict_utils as tu
 
+from rapo_verl.method import linear_head as linear_module
 from rapo_verl.method.config import RapoConfig
 from rapo_verl.method.head import head
 from rapo_verl.method.linear_head import linear_head
@@ -36,13 +38,16 @@ def case(dtype=torch.float64, rows=ROWS, columns=COLUMNS, width=WIDTH) -> tuple[
     return hidden.to(dtype), (2 * weight).to(dtype), labels, temperature
 
 
+def chunks_of(rows: int):
+    """Let the head take so many tokens at a time."""
+    return mock.patch.object(linear_module, "chunk_size", lambda *_: rows)
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])
-@pytest.mark.parametrize("chunk_columns", [1, 7, 38, 100])
-def test_it_is_the_softmax_of_the_product_at_each_rows_temperature(chunk_rows, chunk_columns):
+def test_it_is_the_softmax_of_the_product_at_each_rows_temperature(chunk_rows):
     hidden, weight, labels, temperature = case()
-    log_prob, entropy = linear_head(
-        hidden, weight, labels, temperature=temperature, chunk_rows=chunk_rows, chunk_columns=chunk_columns
-    )
+    with chunks_of(chunk_rows):
+        log_prob, entropy = linear_head(hidden, weight, labels, temperature=temperature)
     log_p = torch.log_softmax(hidden @ weight.T / temperature[:, None], -1)
     torch.testing.assert_close(log_prob, log_p.gather(1, labels[:, None])[:, 0], **EXACT)
     torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(1), **EXACT)
@@ -52,7 +57,8 @@ def test_it_is_the_softmax_of_the_product_at_each_rows_temperature(chunk_rows, c
 def test_it_agrees_with_the_head_on_the_logits_of_the_models_own_product(dtype):
     hidden, weight, labels, temperature = case(dtype)
     want = head(hidden @ weight.T, labels, temperature=temperature)
-    log_prob, entropy = linear_head(hidden, weight, labels, temperature=temperature, chunk_columns=7)
+    with chunks_of(4):
+        log_prob, entropy = linear_head(hidden, weight, labels, temperature=temperature)
     assert log_prob.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(log_prob, want.log_prob, **SINGLE)
     torch.testing.assert_close(entropy, want.entropy, **SINGLE)
@@ -60,7 +66,7 @@ def test_it_agrees_with_the_head_on_the_logits_of_the_models_own_product(dtype):
 
 def test_large_logits_do_not_overflow():
     hidden, weight, labels, _ = case()
-    log_prob, entropy = linear_head(1e4 * hidden, weight, labels, chunk_columns=7)
+    log_prob, entropy = linear_head(1e4 * hidden, weight, labels)
     want = torch.log_softmax(1e4 * hidden @ weight.T, -1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(log_prob, want, **EXACT)
     assert (entropy >= 0).all() and (entropy < 1e-6).any()
@@ -76,12 +82,13 @@ def test_rows_that_do_not_count_may_hold_anything():
         assert found[3] == 0
 
 
-def test_no_tensor_of_tokens_times_vocabulary_is_made():
+def test_no_tensor_of_tokens_times_vocabulary_is_made(monkeypatch):
     from benchmarks.head import Memory
 
     hidden, weight, labels, temperature = case(torch.float32, rows=1024, columns=8192)
+    monkeypatch.setattr(linear_module, "CHUNK_ELEMENTS", 0)  # as with more tokens
     with Memory() as memory:
-        linear_head(hidden, weight, labels, temperature=temperature.float(), chunk_rows=256, chunk_columns=1024)
+        linear_head(hidden, weight, labels, temperature=temperature.float())
     assert memory.peak <= 0.10 * hidden.shape[0] * weight.shape[0] * 4  # three chunks, each 1/32 of it
 
 
@@ -92,9 +99,9 @@ def half(rank: int, folder: str) -> None:
     try:
         hidden, weight, labels, temperature = case()
         labels[:4] = torch.tensor([0, COLUMNS // 2 - 1, COLUMNS // 2, COLUMNS - 1])  # the shards' edges
-        options = {"temperature": temperature, "chunk_rows": 4, "chunk_columns": 7}
-        whole = linear_head(hidden, weight, labels, **options)
-        shard = linear_head(hidden, weight.chunk(2)[rank], labels, group=dist.group.WORLD, **options)
+        with chunks_of(4):
+            whole = linear_head(hidden, weight, labels, temperature=temperature)
+            shard = linear_head(hidden, weight.chunk(2)[rank], labels, temperature=temperature, group=dist.group.WORLD)
         torch.save((whole, shard), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()

@@ -7,8 +7,8 @@ packed SUM per chunk in the forward, nothing in the backward. All arithmetic is 
 matrix products, which autocast and TF32 would round.
 """
 
-import os
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -22,9 +22,8 @@ from rapo_verl.method.head_torch import GradientTerms
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 # A chunk's buffers are about three; 1/32 of the tokens keeps them below a tenth of [tokens, vocabulary].
 CHUNKS_AT_LEAST = 32
-# On CUDA: Triton's kernels up to so many named tokens, since each costs them a pass over its block of columns; "torch"
-# in this variable of the environment keeps them out.
-TRITON_NAMED, KERNEL_VARIABLE = 512, "RAPO_HEAD_KERNEL"
+# On CUDA: Triton's kernels up to so many named tokens, since each costs them a pass over its block of columns.
+TRITON_NAMED = 512
 
 
 class Target(NamedTuple):
@@ -63,7 +62,6 @@ def head(
     target: Target | None = None,
     rows: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    chunk_rows: int | None = None,
     gradient_in_place: bool = False,
 ) -> HeadOutput:
     r"""Return log-probability, entropy and forward KL of each token under pi = softmax(logits / T).
@@ -85,7 +83,6 @@ def head(
         target: the reference; None leaves the KL zero. Receives no gradient.
         rows: bool, shape (n,): tokens that count; the others may hold anything, NaN included, and get no gradient.
         group: process group over whose ranks, in order, the columns are split.
-        chunk_rows: tokens per chunk; a choice by device where None. It changes memory and time, not the result.
         gradient_in_place: the backward writes the gradient over the logits, for callers who know that nothing else
             reads them after the forward: one tensor less, and one backward alone.
 
@@ -104,30 +101,21 @@ def head(
     if group is not None:
         vocabulary, start = columns * dist.get_world_size(group), columns * dist.get_rank(group)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    inverse = torch.as_tensor(temperature, dtype=dtype, device=logits.device).reciprocal().expand(n)
+    inverse = inverse_of(temperature, n, dtype, logits.device)
     if target is None:
         nothing = logits.new_full((n,), -torch.inf, dtype=dtype)
         target = Target(labels.new_empty(n, 0), logits.new_empty(n, 0, dtype=dtype), nothing)
     if target.ids.shape[1] > vocabulary:
         raise ValueError(f"the target names {target.ids.shape[1]} tokens of a vocabulary of {vocabulary}")
-    target = Target(target.ids.long(), target.log_prob.detach().to(dtype), target.log_tail.detach().to(dtype))
-    index = None
-    if rows is not None:
-        index = rows.nonzero()[:, 0]
-        labels, inverse = labels[index], inverse[index]
-        target = Target(*(field[index] for field in target))
     ids, order = target.ids.sort(1)
-    target = Target(ids, target.log_prob.gather(1, order), target.log_tail)
-    _check_values(labels, inverse, target, vocabulary, index)
-    sweeps = _sweeps(logits, ids.shape[1])
+    target = Target(ids, target.log_prob.detach().to(dtype).gather(1, order), target.log_tail.detach().to(dtype))
+    sweeps = sweeps_for(logits, ids.shape[1])
     if sweeps is not head_torch and logits.stride(1) != 1:
         logits = logits.contiguous()
-    chunk = chunk_rows or (chunk_size(n, columns, logits.device) if sweeps is head_torch else max(n, 1))
-    how = _How(index, group, start, sweeps, chunk, gradient_in_place)
-    out = _Head.apply(logits, labels.long(), inverse, target, how)
-    if not torch.isfinite(out[1]).all():
-        row = int((~torch.isfinite(out[1])).nonzero()[0])
-        raise ValueError(f"the logits of row {row} hold NaN or infinity; nothing can be computed from them")
+    how = How(rows, group, start, sweeps, gradient_in_place)
+    out = _Head.apply(logits, labels.contiguous(), inverse, target, how)
+    # After the sweep, which is safe against them: the host then waits for the device once.
+    _check_values(labels, inverse, target, vocabulary, out[1], rows)
     return HeadOutput(*out)
 
 
@@ -137,9 +125,9 @@ def chunk_size(n: int, columns: int, device: torch.device) -> int:
     return max(1, min(elements // columns, n // CHUNKS_AT_LEAST))
 
 
-def _sweeps(logits: torch.Tensor, named: int) -> ModuleType:
+def sweeps_for(logits: torch.Tensor, named: int) -> ModuleType:
     """Return the module whose `sums` and `write_gradient` read the logits."""
-    if not logits.is_cuda or named > TRITON_NAMED or os.environ.get(KERNEL_VARIABLE) == "torch":
+    if not logits.is_cuda or named > TRITON_NAMED:
         return head_torch
     # Here, since it needs Triton, which a machine without CUDA need not have.
     from rapo_verl.method import head_triton
@@ -147,21 +135,33 @@ def _sweeps(logits: torch.Tensor, named: int) -> ModuleType:
     return head_triton
 
 
-class _How(NamedTuple):
-    """``taken``: rows of the logits to take, or None for all; the other tensors have those alone."""
+def inverse_of(temperature: torch.Tensor | float, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return 1 / T of each of n tokens."""
+    if not isinstance(temperature, torch.Tensor):
+        temperature = torch.full((), temperature, dtype=dtype, device=device)  # made there: a copy would wait for it
+    return temperature.to(dtype).reciprocal().expand(n).contiguous()
 
-    taken: torch.Tensor | None
+
+class How(NamedTuple):
+    """By which sweeps, and over which rows of the logits; ``start`` is the id of this shard's first column."""
+
+    rows: torch.Tensor | None
     group: dist.ProcessGroup | None
     start: int
     sweeps: ModuleType
-    chunk: int
-    in_place: bool
+    in_place: bool = False
 
-    def chunks(self, n: int) -> Iterator[tuple[slice, slice | torch.Tensor]]:
-        """Yield the places of a chunk of the n tokens, and its rows of the logits."""
-        for s in range(0, n, self.chunk):
-            part = slice(s, min(s + self.chunk, n))
-            yield part, part if self.taken is None else self.taken[part]
+    def chunks(self, logits: torch.Tensor) -> Iterator[tuple[slice | torch.Tensor, slice | torch.Tensor]]:
+        """Yield the tokens to take at a time, and those again for the sweeps; Triton's take all, with a mask."""
+        n, columns = logits.shape
+        if self.sweeps is not head_torch:
+            yield slice(None), slice(None) if self.rows is None else self.rows
+            return
+        size = chunk_size(n, columns, logits.device)
+        parts = (
+            [slice(s, s + size) for s in range(0, n, size)] if self.rows is None else _indices(self.rows).split(size)
+        )
+        yield from zip(parts, parts)
 
 
 class _Head(torch.autograd.Function):
@@ -170,55 +170,54 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, inverse, target, how):
         n, k = len(labels), target.ids.shape[1]
-        out = inverse.new_empty(3, n)
+        out, q = inverse.new_empty(3, n), target.log_prob.exp()
+        mass = q.sum(1) + target.log_tail.exp()
         log_normaliser, tail_ratio = inverse.new_empty(n), inverse.new_empty(n)
-        for part, where in how.chunks(n):
+        for part, where in how.chunks(logits):
             ids, log_q, log_tail = (field[part] for field in target)
-            ids = torch.cat([ids, labels[part, None]], 1)
-            peak, packed = how.sweeps.sums(logits, where, inverse[part], ids, how.group, how.start)
-            z_named, z_label, tail, mass, z_mean = packed.split([k, 1, 1, 1, 1], 1)
-            # Of all tokens and not of tail and named: with and without a target a log-prob has the same bits.
-            log_mass = mass[:, 0].log()
-            log_p = z_named - log_mass[:, None]
+            peak, packed = how.sweeps.sums(logits, where, inverse[part], labels[part], ids, how.group, how.start)
+            out[0, part], out[1, part], log_mass = log_prob_and_entropy(packed)
+            log_p = packed[:, :k] - log_mass[:, None]
             # A tail below the smallest number counts as that number: a finite KL and gradient.
-            log_tail_p = tail[:, 0].clamp_min(torch.finfo(tail.dtype).tiny).log() - log_mass
-            out[0, part] = z_label[:, 0] - log_mass
-            out[1, part] = log_mass - z_mean[:, 0] / log_mass.exp()
+            log_tail_p = packed[:, -3].clamp_min(torch.finfo(packed.dtype).tiny).log() - log_mass
             out[2, part] = _divergence(log_q, log_p).sum(1) + _divergence(log_tail, log_tail_p)
             log_normaliser[part] = peak + log_mass
             tail_ratio[part] = (log_tail - log_tail_p).exp()
-        has_target = (target.log_prob.amax(1) if k else target.log_tail).maximum(target.log_tail) > -torch.inf
-        out[2].masked_fill_(~has_target, 0)
+        out[2].masked_fill_(mass == 0, 0)
         ctx.save_for_backward(logits)
-        ctx.kept = labels, inverse, target, how, out[1].clone(), log_normaliser, tail_ratio
+        ctx.how = how
+        ctx.terms_of = partial(
+            GradientTerms, labels, target.ids, q, mass, tail_ratio, inverse, log_normaliser, out[1].clone()
+        )
         ctx.set_materialize_grads(False)
-        if how.taken is not None:
-            out = out.new_zeros(3, len(logits)).index_copy_(1, how.taken, out)
-        return tuple(out)
+        return tuple(out if how.rows is None else out.masked_fill_(~how.rows, 0))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
-        (logits,) = ctx.saved_tensors
-        labels, inverse, target, how, entropy, log_normaliser, tail_ratio = ctx.kept
-        g1, g2, g3 = (torch.zeros_like(inverse) if g is None else _taken(g, how.taken) * inverse for g in upstream)
-        common = g3 * (target.log_prob.exp().sum(1) + target.log_tail.exp()) - g1 - g2 * entropy
-        terms = GradientTerms(
-            labels, target.ids, inverse, log_normaliser, shared=common - g3 * tail_ratio, common=common, g1=g1,
-            g2=None if upstream[1] is None else g2, named=g3[:, None] * target.log_prob.exp(),
-        )  # fmt: skip
+        (logits,), how = ctx.saved_tensors, ctx.how
+        zeros = logits.new_zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+        g1, g2, g3 = upstream
+        terms = ctx.terms_of(zeros if g1 is None else g1, g2, zeros if g3 is None else g3)
         # .detach(): the gradient is no more than that, also where it lies in the logits' memory.
         gradient = logits.detach() if how.in_place else torch.empty_like(logits)
-        if how.taken is not None:
-            others = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill_(0, how.taken, False)
-            gradient.index_fill_(0, others.nonzero()[:, 0], 0)
-        for part, where in how.chunks(len(labels)):
+        if how.rows is not None and how.sweeps is head_torch:
+            gradient.index_fill_(0, _indices(~how.rows), 0)
+        for part, where in how.chunks(logits):
             how.sweeps.write_gradient(gradient, logits, where, terms.rows(part), how.start)
         return gradient, None, None, None, None
 
 
-def _taken(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    return values if index is None else values[index]
+def log_prob_and_entropy(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return log-prob of the label, entropy and log sum e^(z - m) from the sums of a sweep, each of shape (c,)."""
+    z_label, _, mass, z_mean = packed[:, -4:].unbind(1)
+    # Of all tokens and not of tail and named: with and without a target a log-prob has the same bits.
+    log_mass = mass.log()
+    return z_label - log_mass, log_mass - z_mean / mass, log_mass
+
+
+def _indices(rows: torch.Tensor) -> torch.Tensor:
+    return rows.nonzero()[:, 0]
 
 
 def _divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
@@ -253,19 +252,32 @@ def _check_shapes(logits, labels, temperature, target, rows) -> tuple[int, int]:
     return n, logits.shape[1]
 
 
-def _check_values(labels, inverse, target, vocabulary, index) -> None:
+def _check_values(labels, inverse, target, vocabulary, entropy, rows) -> None:
     """Refuse what `head` says it refuses; the target's ids ascend."""
     problems = {
-        f"a label outside the vocabulary of {vocabulary}": (labels < 0) | (labels >= vocabulary),
-        f"a target id outside the vocabulary of {vocabulary}": ((target.ids < 0) | (target.ids >= vocabulary)).any(1),
-        "a target id twice": (target.ids[:, 1:] == target.ids[:, :-1]).any(1),
-        "a temperature that is not positive and finite": ~(torch.isfinite(inverse) & (inverse > 0)),
-        "a target log-probability that is NaN or +inf": ~(
+        f"row %d has a label outside the vocabulary of {vocabulary}": (labels < 0) | (labels >= vocabulary),
+        f"row %d has a target id outside the vocabulary of {vocabulary}": (
+            (target.ids < 0) | (target.ids >= vocabulary)
+        ).any(1),
+        "row %d has a target id twice": (target.ids[:, 1:] == target.ids[:, :-1]).any(1),
+        "row %d has a temperature that is not positive and finite": ~(torch.isfinite(inverse) & (inverse > 0)),
+        "row %d has a target log-probability that is NaN or +inf": ~(
             (target.log_prob < torch.inf).all(1) & (target.log_tail < torch.inf)
         ),
+        "the logits of row %d hold NaN or infinity; nothing can be computed from them": ~torch.isfinite(entropy),
     }
+    refuse_first(problems, rows)
+
+
+def refuse_first(problems: dict[str, torch.Tensor], rows: torch.Tensor | None) -> None:
+    """Raise ValueError with the first problem that any token has and that token's row; waits for the device once.
+
+    Args:
+        problems: for each text, with the row as %d, which tokens have it, bool, shape (n,).
+        rows: tokens that count, bool, shape (n,), or None for all.
+    """
     found = torch.stack(list(problems.values()))
+    found = found if rows is None else found & rows
     if found.any():
         problem, row = found.nonzero()[0].tolist()
-        row = row if index is None else int(index[row])
-        raise ValueError(f"row {row} has {list(problems)[problem]}")
+        raise ValueError(list(problems)[problem] % row)

@@ -1,11 +1,9 @@
 """The head's two sweeps over the logits as Triton kernels: the functions of `rapo_verl.method.head_torch` for CUDA.
 
-One program for each token, block by block over its columns. The forward reads the logits once, with an online softmax;
-the backward reads them once and writes the gradient once, over the logits where the caller allows it. The named tokens
-ascend, so that a sweep meets each in its block and needs no mask of the size of the logits. Columns are neighbours in
-memory; `head` sees to it.
-
-Seen to compile for sm_80, sm_90 and sm_100 and to agree with torch in Triton's interpreter; not yet run on a GPU.
+One program for each token, a block of its columns at a time and the next on its way. The forward reads the logits once,
+with an online softmax of each thread's own, so that threads meet at a row's end only; the backward reads them once and
+writes the gradient once, over the logits where the caller allows it. Columns are neighbours in memory; `head` sees to
+it. A target's ids ascend, so that the forward meets each in its block.
 """
 
 import torch
@@ -15,113 +13,179 @@ import triton.language as tl
 
 from rapo_verl.method.head_torch import GradientTerms, local_columns
 
-# Columns of a block and warps of a program. Eight bf16 logits for each thread of the gradient are one load of 16 bytes;
-# with sixteen the compiler spills registers.
-BLOCK, SUMS_WARPS, GRADIENT_WARPS = 4096, 8, 16
+# Warps of a program, and loads of a thread for a block: each is of eight logits, which are 16 bytes in bf16.
+THREADS_OF_WARP = 32
+SUMS_WARPS, SUMS_LOADS = 8, 1
+GRADIENT_WARPS, GRADIENT_LOADS = 8, 1
 # Below any logit: minus infinity as the first maximum would give inf - inf.
-_LOWEST = tl.constexpr(-3e38)
+_LOWEST = tl.constexpr(-1e38)
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _sums_kernel(logits, index, inverse, ids, out, columns, start, named, row_stride, BLOCK: tl.constexpr):
-    """Write to out (4, tokens) of z = logits / T over this shard's columns: see `sums`."""
+def _columns_of_block(THREADS: tl.constexpr, LOADS: tl.constexpr):
+    """Return columns (LOADS, THREADS, 8): sums over all axes but the middle one stay in a thread."""
+    load, thread = tl.arange(0, LOADS)[:, None, None], tl.arange(0, THREADS)[None, :, None]
+    return (load * THREADS + thread) * 8 + tl.arange(0, 8)[None, None, :]
+
+
+@triton.jit
+def _sum_of_thread(x):
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def _named_column(ids, at, last, columns, start):
+    """Return the column of the id at a place, or one behind all columns where a token's ids end."""
+    return (tl.load(ids + at, mask=at < last, other=start + columns) - start).to(tl.int32)
+
+
+@triton.jit
+def _sums_kernel(
+    logits, rows, inverse, labels, ids, peaks, packed, columns, start, named, row_stride,
+    THREADS: tl.constexpr, LOADS: tl.constexpr, NAMED: tl.constexpr,
+):  # fmt: skip
+    """Write to peaks (tokens,) and packed (tokens, named + 4) what `sums` returns, of this shard alone."""
     token = tl.program_id(0).to(tl.int64)
-    row = logits + tl.load(index + token) * row_stride
+    if tl.load(rows + token) == 0:
+        return
+    row = logits + token * row_stride
     scale = tl.load(inverse + token)
-    # The label is the last of a token's ids, and not for this sweep.
-    at, last = token * (named + 1), token * (named + 1) + named
-    next_column = tl.load(ids + at, mask=at < last, other=start + columns) - start
-    while next_column < 0:  # of the shards before
+    rate = scale * _LOG2E
+    at, last = token * named, (token + 1) * named
+    next_named = _named_column(ids, at, last, columns, start)
+    while next_named < 0:  # of the shards before
         at += 1
-        next_column = tl.load(ids + at, mask=at < last, other=start + columns) - start
-    peak = tl.full((), _LOWEST, scale.dtype)
-    tail = tl.zeros((), scale.dtype)
-    total = tl.zeros((), scale.dtype)
-    mean = tl.zeros((), scale.dtype)
-    for first in range(0, columns, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        real = column < columns
-        z = tl.load(row + column, mask=real, other=-float("inf")).to(scale.dtype) * scale
-        higher = tl.maximum(peak, tl.max(z, 0))
-        z -= higher
-        p = tl.exp(z)
-        shrink = tl.exp(peak - higher)
-        mean = (mean + (peak - higher) * total) * shrink + tl.sum(tl.where(real, z * p, 0.0), 0)
-        total = total * shrink + tl.sum(p, 0)
-        # A sum of what is left, not one minus the rest: see head_torch.
-        while next_column < tl.minimum(first + BLOCK, columns):
-            p = tl.where(column == next_column, 0.0, p)
-            at += 1
-            next_column = tl.load(ids + at, mask=at < last, other=start + columns) - start
-        tail = tail * shrink + tl.sum(p, 0)
+        next_named = _named_column(ids, at, last, columns, start)
+    peak = tl.full((THREADS,), _LOWEST, scale.dtype)
+    total = tl.zeros((THREADS,), scale.dtype)
+    tail = tl.zeros((THREADS,), scale.dtype)
+    mean = tl.zeros((THREADS,), scale.dtype)
+    offset = _columns_of_block(THREADS, LOADS)
+    # What no logit counts beside, and a number of their dtype.
+    nothing = -65504.0 if logits.dtype.element_ty == tl.float16 else _LOWEST
+    block = row + offset
+    coming = tl.load(block, mask=offset < columns, other=nothing)
+    for first in range(0, columns, THREADS * LOADS * 8):
+        x = coming.to(scale.dtype)
+        left = columns - first - THREADS * LOADS * 8
+        block += THREADS * LOADS * 8
+        coming = tl.load(block, mask=offset < left, other=nothing)
+        higher = tl.maximum(peak, tl.max(tl.max(x, 2), 0))
+        # Less the maximum before they are scaled: as precise, and no overflow of what a model masks by the lowest bf16.
+        x -= higher[None, :, None]
+        p = tl.exp2(x * rate)
+        shift = peak - higher
+        shrink = tl.exp2(shift * rate)
+        mean = (mean + shift * total) * shrink + _sum_of_thread(x * p)
+        of_block = _sum_of_thread(p)
+        total = total * shrink + of_block
+        end = tl.minimum(first + THREADS * LOADS * 8, columns)
+        if next_named < end:
+            # A sum of what is left, not one minus the rest: see head_torch.
+            while next_named < end:
+                p = tl.where(offset == next_named - first, 0.0, p)
+                at += 1
+                next_named = _named_column(ids, at, last, columns, start)
+            of_block = _sum_of_thread(p)
+        tail = tail * shrink + of_block
         peak = higher
-    tokens = tl.num_programs(0)
-    tl.store(out + token, peak)
-    tl.store(out + tokens + token, tail)
-    tl.store(out + 2 * tokens + token, total)
-    tl.store(out + 3 * tokens + token, mean)
+    top = tl.max(peak, 0)
+    shift = peak - top
+    shrink = tl.exp2(shift * rate)
+    tl.store(peaks + token, top * scale)
+    row_packed = packed + token * (named + 4)
+    label = tl.load(labels + token) - start
+    inside = (label >= 0) & (label < columns)
+    z = (tl.load(row + label, mask=inside, other=0.0).to(scale.dtype) - top) * scale
+    tl.store(row_packed + named, tl.where(inside, z, 0.0))
+    tl.store(row_packed + named + 1, tl.sum(tail * shrink, 0))
+    tl.store(row_packed + named + 2, tl.sum(total * shrink, 0))
+    tl.store(row_packed + named + 3, tl.sum((mean + shift * total) * shrink, 0) * scale)
+    name = tl.arange(0, NAMED)
+    column = tl.load(ids + token * named + name, mask=name < named, other=start - 1) - start
+    inside = (column >= 0) & (column < columns)
+    z = (tl.load(row + column, mask=inside, other=0.0).to(scale.dtype) - top) * scale
+    tl.store(row_packed + name, tl.where(inside, z, 0.0), mask=name < named)
+
+
+@triton.jit
+def _by_softmax(x, scale, normaliser, factor, g2):
+    log_p = x * scale - normaliser
+    return tl.exp2(log_p * _LOG2E) * (factor - g2 * log_p)
 
 
 @triton.jit
 def _gradient_kernel(
-    logits, gradient, index, inverse, log_normaliser, shared, common, g1, g2, labels, ids, values,
-    columns, start, named, row_stride, gradient_row_stride, BLOCK: tl.constexpr,
+    logits, rows, gradient, upstream, inverse, log_normaliser, entropy, mass, tail_ratio, labels, ids, q,
+    columns, start, named, row_stride, gradient_row_stride,
+    THREADS: tl.constexpr, LOADS: tl.constexpr, NAMED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one token's logits: see `GradientTerms`."""
-    token = tl.program_id(0).to(tl.int64)
-    place = tl.load(index + token)
-    row, gradient_row = logits + place * row_stride, gradient + place * gradient_row_stride
+    token, tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    row, gradient_row = logits + token * row_stride, gradient + token * gradient_row_stride
+    kind = gradient.dtype.element_ty
+    offset = _columns_of_block(THREADS, LOADS)
+    if tl.load(rows + token) == 0:
+        for first in range(0, columns, THREADS * LOADS * 8):
+            nothing = tl.zeros((LOADS, THREADS, 8), kind)
+            tl.store(gradient_row + first + offset, nothing, mask=first + offset < columns)
+        return
     scale, normaliser = tl.load(inverse + token), tl.load(log_normaliser + token)
-    of_others, of_named = tl.load(shared + token), tl.load(common + token)
-    of_label, of_entropy = tl.load(g1 + token), tl.load(g2 + token)
-    label_column = tl.load(labels + token) - start
-    at, last = token * named, (token + 1) * named
-    next_column = tl.load(ids + at, mask=at < last, other=start + columns) - start
-    while next_column < 0:
-        at += 1
-        next_column = tl.load(ids + at, mask=at < last, other=start + columns) - start
-    for first in range(0, columns, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        real = column < columns
-        z = tl.load(row + column, mask=real, other=0.0).to(scale.dtype)
-        log_p = z * scale - normaliser
-        factor = tl.zeros((BLOCK,), scale.dtype) + of_others
-        added = tl.where(column == label_column, of_label, 0.0)
-        while next_column < tl.minimum(first + BLOCK, columns):
-            hit = column == next_column
-            factor = tl.where(hit, of_named, factor)
-            added = tl.where(hit, added - tl.load(values + at), added)
-            at += 1
-            next_column = tl.load(ids + at, mask=at < last, other=start + columns) - start
-        found = tl.exp(log_p) * (factor - of_entropy * log_p) + added
-        tl.store(gradient_row + column, found.to(gradient.dtype.element_ty), mask=real)
+    g1, g2 = tl.load(upstream + token) * scale, tl.load(upstream + tokens + token) * scale
+    g3 = tl.load(upstream + 2 * tokens + token) * scale
+    of_named = g3 * tl.load(mass + token) - g1 - g2 * tl.load(entropy + token)
+    of_others = of_named - g3 * tl.load(tail_ratio + token)
+    # The named tokens and the label get theirs by themselves, after the sweep, from logits read before it.
+    label = tl.load(labels + token) - start
+    has_label = (label >= 0) & (label < columns)
+    x = tl.load(row + label, mask=has_label, other=0.0).to(scale.dtype)
+    at_label = _by_softmax(x, scale, normaliser, of_others, g2) + g1
+    name = tl.arange(0, NAMED)
+    column = tl.load(ids + token * named + name, mask=name < named, other=start - 1) - start
+    inside = (column >= 0) & (column < columns)
+    x_named = tl.load(row + column, mask=inside, other=0.0).to(scale.dtype)
+    at_named = _by_softmax(x_named, scale, normaliser, of_named, g2) + tl.where(column == label, g1, 0.0)
+    at_named -= g3 * tl.load(q + token * named + name, mask=inside, other=0.0)
+    has_label = has_label & (tl.max((column == label).to(tl.int32), 0) == 0)
+    block, block_of_gradient = row + offset, gradient_row + offset
+    coming = tl.load(block, mask=offset < columns, other=0.0)
+    tl.debug_barrier()
+    for first in range(0, columns, THREADS * LOADS * 8):
+        found = _by_softmax(coming.to(scale.dtype), scale, normaliser, of_others, g2)
+        left = columns - first
+        block += THREADS * LOADS * 8
+        coming = tl.load(block, mask=offset < left - THREADS * LOADS * 8, other=0.0)
+        tl.store(block_of_gradient, found.to(kind), mask=offset < left)
+        block_of_gradient += THREADS * LOADS * 8
+    tl.debug_barrier()
+    tl.store(gradient_row + column, at_named.to(kind), mask=inside)
+    tl.store(gradient_row + label, at_label.to(kind), mask=has_label)
 
 
 def sums(
-    logits: torch.Tensor, where: slice | torch.Tensor, inverse: torch.Tensor, ids: torch.Tensor, group, start: int
+    logits: torch.Tensor,
+    where: slice | torch.Tensor,
+    inverse: torch.Tensor,
+    labels: torch.Tensor,
+    ids: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `head_torch.sums` does; the ids but the last ascend."""
-    index, inverse = _index(where, logits.device), inverse.contiguous()
-    out = inverse.new_empty(4, len(index))
-    columns, named = logits.shape[1], ids.shape[1] - 1
-    # Kernels are launched where the logits are, which may not be the current device.
-    with torch.cuda.device_of(logits):
-        _sums_kernel[(len(index),)](
-            logits, index, inverse, ids, out, columns, start, named, logits.stride(0), BLOCK=_block(columns),
-            num_warps=SUMS_WARPS,
-        )  # fmt: skip
-    own, tail, total, mean = out
-    peak = own
+    """Return what `head_torch.sums` does, for all tokens: those off the mask ``where`` hold anything. Ids ascend."""
+    (n, columns), k = logits.shape, ids.shape[1]
+    peak, packed = inverse.new_empty(n), inverse.new_empty(n, k + 4)
+    settings = {"THREADS": THREADS_OF_WARP * SUMS_WARPS, "LOADS": SUMS_LOADS, "num_warps": SUMS_WARPS}
+    arguments = (inverse, labels, ids, peak, packed, columns, start, k, logits.stride(0))
+    _launch(_sums_kernel, logits, where, k, settings, arguments)
     if group is not None:
-        peak = own.clone()
+        own = peak.clone()
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
         # From this shard's maximum to that of all.
-        shift = own - peak
-        mean, tail, total = (mean + shift * total) * shift.exp(), tail * shift.exp(), total * shift.exp()
-    local, inside = local_columns(ids, start, columns)
-    at_ids = (logits[index[:, None], local] * inverse[:, None] - peak[:, None]) * inside
-    packed = torch.cat([at_ids, tail[:, None], total[:, None], mean[:, None]], 1)
-    if group is not None:
+        shift = (own - peak)[:, None]
+        packed[:, -1:] += shift * packed[:, -2:-1]
+        packed[:, -3:] *= shift.exp()
+        packed[:, :-3] += shift * local_columns(torch.cat([ids, labels[:, None]], 1), start, columns)[1]
         dist.all_reduce(packed, group=group)
     return peak, packed
 
@@ -129,22 +193,23 @@ def sums(
 def write_gradient(
     gradient: torch.Tensor, logits: torch.Tensor, where: slice | torch.Tensor, terms: GradientTerms, start: int
 ) -> None:
-    """Do what `head_torch.write_gradient` does."""
-    index, columns = _index(where, logits.device), logits.shape[1]
+    """Do what `head_torch.write_gradient` does, for all tokens: those off the mask ``where`` get zeros."""
+    columns, k = logits.shape[1], terms.ids.shape[1]
     g2 = torch.zeros_like(terms.g1) if terms.g2 is None else terms.g2
-    with torch.cuda.device_of(logits):
-        _gradient_kernel[(len(index),)](
-            logits, gradient, index, terms.inverse.contiguous(), terms.log_normaliser, terms.shared, terms.common,
-            terms.g1, g2, terms.labels, terms.ids, terms.named, columns, start, terms.ids.shape[1], logits.stride(0),
-            gradient.stride(0), BLOCK=_block(columns), num_warps=GRADIENT_WARPS,
-        )  # fmt: skip
+    settings = {"THREADS": THREADS_OF_WARP * GRADIENT_WARPS, "LOADS": GRADIENT_LOADS, "num_warps": GRADIENT_WARPS}
+    arguments = (
+        gradient, torch.stack([terms.g1, g2, terms.g3]), terms.inverse, terms.log_normaliser, terms.entropy, terms.mass,
+        terms.tail_ratio, terms.labels, terms.ids, terms.q, columns, start, k, logits.stride(0), gradient.stride(0),
+    )  # fmt: skip
+    _launch(_gradient_kernel, logits, where, k, settings, arguments)
     # PyTorch does not see a kernel write: this is what stops a second backward over logits that are no more.
     torch.autograd.graph.increment_version(gradient)
 
 
-def _index(where: slice | torch.Tensor, device: torch.device) -> torch.Tensor:
-    return torch.arange(where.start, where.stop, device=device) if isinstance(where, slice) else where
-
-
-def _block(columns: int) -> int:
-    return min(BLOCK, triton.next_power_of_2(columns))
+def _launch(
+    kernel, logits: torch.Tensor, where: slice | torch.Tensor, k: int, settings: dict, arguments: tuple
+) -> None:
+    rows = where if isinstance(where, torch.Tensor) else logits.new_ones(len(logits), dtype=torch.bool)
+    # Where the logits are, which may not be the current device.
+    with torch.cuda.device_of(logits):
+        kernel[(len(logits),)](logits, rows, *arguments, NAMED=triton.next_power_of_2(max(k, 1)), **settings)
