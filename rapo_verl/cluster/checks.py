@@ -23,12 +23,7 @@ SMI_SECONDS = 30
 
 
 def check_node(facts: Facts, shared: Path | None = None) -> list[Finding]:
-    """Return what was found on this node.
-
-    Args:
-        facts: what is wanted of it.
-        shared: folder of this job's attempt on the filesystem that all nodes share, None outside a job.
-    """
+    """Return what was found on this node; ``shared`` is the job's folder that all nodes see, None outside a job."""
     checks: dict[str, Callable[[], list[Finding]]] = {
         "versions": _versions,
         "address": lambda: [Finding("address", node_ip(facts.interface))],
@@ -120,11 +115,7 @@ def _gib(count: int) -> str:
 
 
 def disagreements(told: dict[str, list[dict[str, Any]]]) -> list[Finding]:
-    """Return what is wrong on any node, and what differs between nodes and must not, under "<host>: <what>".
-
-    Args:
-        told: findings of each node, by its name.
-    """
+    """Return what is wrong on any node, or differs and must not, as "<host>: <what>", from each host's findings."""
     wrong = [
         Finding(f"{host}: {row['what']}", row["found"], False, row["mend"])
         for host, rows in told.items()

@@ -25,11 +25,7 @@ class RayNodeError(RuntimeError):
 
 
 def node_ip(interface: str | None) -> str:
-    """Return the IPv4 address that the other nodes reach this one by.
-
-    Raises:
-        RayNodeError: there is none, or the name resolves to loopback.
-    """
+    """Return the IPv4 address that the other nodes reach this one by."""
     if interface:
         for address in psutil.net_if_addrs().get(interface, []):
             if address.family == socket.AF_INET:
@@ -51,9 +47,6 @@ def claim_ports(job: int, locks: Path) -> tuple[int, IO]:
     """Return the first port of a block that is free here, and the open file whose lock holds it.
 
     Starts at the job's own block; another job's or a stranger's is passed over.
-
-    Raises:
-        RayNodeError: every block is taken.
     """
     for slot in range(SLOTS):
         base = FIRST_PORT + BLOCK * ((job + slot) % SLOTS)
@@ -82,11 +75,7 @@ def _is_free(port: int) -> bool:
 
 
 def ray_folder(parent: Path, tag: str) -> Path:
-    """Return Ray's folder: local to the node, one per job, the same path on every node, as Ray wants.
-
-    Raises:
-        RayNodeError: its path is too long for Ray's sockets.
-    """
+    """Return Ray's folder: local to the node, one per job, the same path on every node, as Ray wants."""
     folder = parent / f"rapo-{tag}"
     if len(str(folder)) > MAX_FOLDER:
         raise RayNodeError(f"{folder} is too long for Ray's sockets ({MAX_FOLDER} bytes); set RAPO_NODE_TMP=/tmp")
@@ -94,11 +83,7 @@ def ray_folder(parent: Path, tag: str) -> Path:
 
 
 def start_ray(facts: Facts, head: str | None, ip: str, ports: int, folder: Path, log: Path) -> None:
-    """Start Ray here: the head, or a worker of the head at the address ``head``. Its daemons go on running.
-
-    Raises:
-        RayNodeError: `ray start` failed; its output is in ``log``.
-    """
+    """Start Ray here: the head, or a worker of the head at the address ``head``. Its daemons go on running."""
     command = [
         shutil.which("ray") or "ray", "start", "--disable-usage-stats",
         f"--node-ip-address={ip}", f"--num-gpus={facts.gpus}", f"--num-cpus={facts.cpus}",

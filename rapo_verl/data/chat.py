@@ -45,11 +45,7 @@ def prompt_mark(question: str) -> str | None:
 
 
 def question_in(prompt: Any) -> str:
-    """Return the question in a prompt of another set, a text or messages, known instructions around it taken off.
-
-    Raises:
-        RowError: there is none.
-    """
+    """Return the question in a prompt of another set, a text or messages, known instructions around it taken off."""
     if not isinstance(prompt, str):
         if not _is_chat(prompt):
             raise RowError("prompt is neither a text nor messages with role and text")

@@ -143,15 +143,7 @@ def _question_and_answer(record: Record, asked: str, answered: str) -> tuple[str
 
 
 def _answer(value: Any, *, worked: bool = False) -> str:
-    r"""Return a right answer as text, "" for none.
-
-    Args:
-        value: of any type that JSON or parquet has.
-        worked: it is a solution, and the last box in it the answer.
-
-    Raises:
-        RowError: it is something else than one answer.
-    """
+    """Return a right answer, of any type that JSON or parquet has, as text, "" for none; of a solution, its box."""
     if isinstance(value, str) and value.lstrip().startswith(("['", '["')):
         try:
             value = ast.literal_eval(value.strip())

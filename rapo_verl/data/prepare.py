@@ -80,7 +80,7 @@ def prepare(
     prompt: str = "qwen-boxed",
     verifier: Verifier | None = None,
 ) -> Path:
-    """Write ``NAME.parquet`` in veRL's layout, with ``NAME.card.json`` and ``NAME.card.md`` beside it.
+    """Write ``NAME.parquet`` in veRL's layout, ``NAME.card.json`` and ``NAME.card.md`` beside it; return the first.
 
     Args:
         source: a name of `HUB` or a local file.
@@ -93,9 +93,6 @@ def prepare(
         max_prompt_tokens: limit of the rendered prompt.
         prompt: a style of PROMPTS.
         verifier: default: one of the default settings, closed at the end.
-
-    Returns:
-        The parquet file.
     """
     name = name or name_of(source)
     target = out / f"{name}.parquet"

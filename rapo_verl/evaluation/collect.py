@@ -16,11 +16,7 @@ from rapo_verl.run.reference_answers import ANSWERS_FILE, FORMAT, SCHEMA
 
 
 def collect_answers(store: Store) -> Path:
-    """Write the distinct answers to each problem, with their counts, and return the file.
-
-    Args:
-        store: judged samples of every problem, with their tokens.
-    """
+    """Write the distinct answers to each problem of a judged folder, with their counts, and return the file."""
     manifest = store.manifest
     if not manifest["sampling"].get("token_ids"):
         raise Refused(f"{store.folder}: its samples have no tokens; draw them with `rapo eval generate --token-ids`")

@@ -19,16 +19,10 @@ from rapo_verl.run.files import write_atomic
 
 
 def cross_logprob(store: Store, model: Path, out: Path, *, per_problem: int = 32, seed: int = 0) -> dict[str, Any]:
-    """Write and return log-prob and perplexity of right responses under another model.
+    """Write as JSON, and return, log-prob and perplexity of right responses under another Hugging Face checkpoint.
 
-    The response is the stored text, tokenised by that model's tokenizer, without an end token.
-
-    Args:
-        store: judged; its right samples are taken.
-        model: Hugging Face checkpoint that reads them.
-        out: JSON file.
-        per_problem: at most so many of each problem, chosen at random.
-        seed: of the choice.
+    The response is the stored text, tokenised by that model's tokenizer, without an end token; of each problem at most
+    ``per_problem`` of a judged folder's right samples, chosen at random.
     """
     tokenizer: Any = load_tokenizer(str(model))
     records: list[dict[str, Any]] = []

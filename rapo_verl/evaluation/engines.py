@@ -183,14 +183,10 @@ class RayEngine:
 
 
 def ray_fleet(spec: EngineSpec, *, engines: int = 0) -> Fleet:
-    """Return a fleet on the Ray cluster, which is initialised: as many engines as it has room for.
+    """Return a fleet on the Ray cluster, which is initialised: at most ``engines``, 0: as many as it has room for.
 
-    One for every ``tensor_parallel`` GPUs of a node, or a number on CPUs. Nodes that join are used at the next look,
+    One for every ``tensor_parallel`` GPUs of a node, or that number on CPUs. Nodes that join are used at the next look,
     those that leave take their engines with them.
-
-    Args:
-        spec: of each engine.
-        engines: at most so many; 0: as many as fit, which needs GPUs.
     """
     import ray
 

@@ -34,14 +34,8 @@ def read_plan(
 ) -> Plan:
     """Return what is to be sampled; Refused is anything that generation would fail on.
 
-    Args:
-        model: anything that `resolve_model` takes.
-        files: veRL parquet files.
-        sampling: settings; the model's end tokens are added to its stop ids.
-        n: samples a problem.
-        draw: number of the draw.
-        shard: samples of one file.
-        limit: only so many problems of each file.
+    The model is anything that `resolve_model` takes; its end tokens are added to the stop ids. Files are veRL parquet;
+    ``limit`` keeps the first problems of each. A shard is the samples of one file.
     """
     problems, data = read_problems(files, limit)
     model = checkpoint_of(model)

@@ -154,14 +154,10 @@ class Plan:
 
 
 def read_problems(files: Sequence[Path], limit: int | None = None) -> tuple[tuple[Problem, ...], dict[str, str]]:
-    """Return the problems of veRL parquet files (`rapo data prepare`) and each file's sha256.
+    """Return the problems of veRL parquet files (`rapo data prepare`), of each the first, and the files' sha256.
 
     A question that a file repeats is one problem. An id is the row's own; with several files the set's name stands
     before it. The group is the subject, or with several files the set.
-
-    Args:
-        files: of different names.
-        limit: take only the first problems of each file.
     """
     problems: list[Problem] = []
     faults: list[str] = []

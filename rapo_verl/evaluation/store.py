@@ -60,11 +60,7 @@ def write_table(path: Path, table: pa.Table, stated: dict[str, Any]) -> None:
 
 
 def read_stated(path: Path) -> dict[str, Any]:
-    """Return what `write_table` stated, from the footer alone.
-
-    Raises:
-        ShardError: no readable footer.
-    """
+    """Return what `write_table` stated, from the footer alone; raise ShardError if it cannot be read."""
     try:
         with path.open("rb") as stream:
             return json.loads((pq.read_metadata(stream).metadata or {})[_KEY])
@@ -73,11 +69,7 @@ def read_stated(path: Path) -> dict[str, Any]:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return columns of a parquet file, every page's checksum verified.
-
-    Raises:
-        ShardError: cut short or damaged.
-    """
+    """Return columns of a parquet file, every page's checksum verified; raise ShardError if one is wrong."""
     try:
         with path.open("rb") as stream:
             return pq.read_table(
@@ -155,11 +147,7 @@ class Store:
         return [shards[sample // size][sample % size].as_py() for sample in samples]
 
     def write(self, job: Job, samples: Samples) -> None:
-        """Write a shard.
-
-        Raises:
-            ShardError: the engine returned another number of samples than asked for.
-        """
+        """Write a shard; raise ShardError if the engine returned another number of samples than asked for."""
         given: list[Any] = [[None] * job.samples if column is None else column for column in samples]
         if any(len(column) != job.samples for column in given):
             raise ShardError(f"asked for {job.samples} samples, got {[len(column) for column in given]}")
@@ -177,11 +165,7 @@ class Store:
         write_table(self.shard_path(job.problem, job.shard), pa.table(columns, schema=SCHEMA), stated)
 
     def read(self, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return a shard after checking that it is whole and in its place.
-
-        Raises:
-            ShardError: it is not.
-        """
+        """Return a shard; raise ShardError unless it is whole and in its place."""
         stated, table = read_stated(path), read_table(path, columns)
         first = int(path.stem) * self.manifest["shard"]
         expected = {

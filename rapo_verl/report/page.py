@@ -66,13 +66,9 @@ def write_report(out_dir: str | os.PathLike[str], study: Study) -> Numbers:
 def render_html(
     numbers: Numbers, colours: Mapping[str, str], passk: Sequence[Figure], training: Sequence[Figure]
 ) -> str:
-    """Return the page. Every text that came from outside is escaped by jinja2, figures are embedded as data.
+    """Return the page: a figure a panel, a figure a training metric, one colour a model or run.
 
-    Args:
-        numbers: of the study.
-        colours: Name to colour, for models and training runs.
-        passk: One figure a panel.
-        training: One figure a metric; empty without training.
+    Every text that came from outside is escaped by jinja2, figures are embedded as data.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"prob": _prob, "signed": _signed, "figures": _significant, "share": _share}

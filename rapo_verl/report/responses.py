@@ -141,9 +141,7 @@ def _lengths(tokens: NDArray[np.int32], right: NDArray[np.bool_]) -> dict[str, f
 def samples_behind(store: Store, *, cells: int) -> list[list[dict[str, Any]]]:
     """Return for each problem a few samples: number, verdict, answer, tokens, finish reason and text.
 
-    Args:
-        store: judged by `rapo eval score`.
-        cells: of the whole page, which decides where long texts are cut: their head and their end are kept.
+    Long texts keep their head and their end; where they are cut depends on the number of cells of the whole page.
     """
     limit = min(max(PAGE_CHARACTERS // (cells * (RIGHT + OTHER)), MIN_CHARACTERS), MAX_CHARACTERS)
     found = []

@@ -67,11 +67,7 @@ def reverse_gradient(pair: Pair) -> torch.Tensor:
 
 
 def sampled(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return an estimator as a function of log pi, log pi_old and log ref of each token.
-
-    Raises:
-        ValueError: an unknown estimator.
-    """
+    """Return an estimator as a function of log pi, log pi_old and log ref of each token."""
     if name in OURS:
 
         def ours(log_prob, old, ref):

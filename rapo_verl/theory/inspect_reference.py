@@ -87,19 +87,8 @@ def inspect_reference(
 ) -> None:  # fmt: skip
     """Sample, measure, print the table, and write ``reference.json``, ``reference.png`` and ``reference.svg``.
 
-    Args:
-        model: checkpoint folder or hub id.
-        prompts: veRL parquet (or any file of records with a chat ``prompt``).
-        out: folder for the results.
-        rows: prompts to take, from the first.
-        tokens: longest response.
-        temperature: of the rollout, > 0.
-        top_k: as in `measure`.
-        top_p: as in `measure`.
-        seed: of the sampling.
-
-    Raises:
-        OSError: a model that is not there.
+    The model is a checkpoint folder or a hub id. Prompts are veRL parquet or any file of records with chat prompts;
+    the first ``rows`` are taken. ``tokens`` is the longest response; the rest is `measure`'s.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -24,12 +24,7 @@ PRECISION = 4 * np.finfo(np.float64).eps
 
 
 class Optimum(NamedTuple):
-    """An optimal policy and the multiplier of its normalisation.
-
-    Attributes:
-        policy: shape (n,), sums to one.
-        multiplier: lambda, in the reward's unit.
-    """
+    """An optimal policy, shape (n,), and lambda, the multiplier of its normalisation, in the reward's unit."""
 
     policy: FloatArray
     multiplier: float

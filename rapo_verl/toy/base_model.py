@@ -118,16 +118,8 @@ def pretrain(
 ) -> list[float]:
     """Train a base model on fresh corpus batches and save it; return the loss of each step in nats per response token.
 
-    Args:
-        world: source of the corpus.
-        out_dir: new checkpoint folder (model, tokenizer, generation config); it appears whole or not at all.
-        seed: of the initial weights and of the corpus.
-        steps: optimiser steps, warm-up then cosine.
-        batch_size: solutions a step.
-        progress: show a progress bar.
-
-    Raises:
-        FileExistsError: `out_dir` exists.
+    The seed is that of the initial weights and of the corpus. The checkpoint, tokenizer and generation config with
+    it, appears whole or not at all, in a new folder.
     """
     if Path(out_dir).exists():
         raise FileExistsError(f"{out_dir} exists: remove it or choose another checkpoint folder")
@@ -155,13 +147,7 @@ def pretrain(
 
 
 def response_loss(model: Qwen2ForCausalLM, prompts: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross entropy of response tokens, nats.
-
-    Args:
-        model: the language model.
-        prompts: ids [n, prompt tokens], no padding.
-        responses: ids [n, response tokens], no padding.
-    """
+    """Return the mean cross entropy of response tokens, nats; prompts and responses [n, tokens] without padding."""
     width = responses.shape[1]
     # The last prompt position predicts the first response token, the last response token predicts nothing.
     logits = model(torch.cat([prompts, responses[:, :-1]], dim=1), logits_to_keep=width, use_cache=False).logits

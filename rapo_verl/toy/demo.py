@@ -37,11 +37,7 @@ def stage(number: int, of: int, what: str) -> Iterator[None]:
 
 
 def train(experiment: str, run_dir: Path, overrides: list[str]) -> Path:
-    """Run (or go on with) one experiment and return the folder of its last Hugging Face checkpoint.
-
-    Raises:
-        Failed: the run ended with another exit code than 0.
-    """
+    """Run (or go on with) one experiment and return the folder of its last Hugging Face checkpoint."""
     config = compose_or_refuse([f"experiment={experiment}", f"run_dir={run_dir}", *overrides])
     model = run_dir / "checkpoints" / f"global_step_{config.trainer.total_training_steps}" / "actor" / "huggingface"
     if (model / "model.safetensors").exists():
@@ -57,11 +53,7 @@ def train(experiment: str, run_dir: Path, overrides: list[str]) -> Path:
 
 
 def evaluate(models: dict[str, Path], toy_dir: Path, out: Path, *, n: int, limit: int) -> None:
-    """Evaluate checkpoints, by their keys, in a process of its own, with which vLLM's memory goes.
-
-    Raises:
-        Failed: the evaluation failed.
-    """
+    """Evaluate checkpoints, by their keys, in a process of its own, with which vLLM's memory goes."""
     command = [sys.executable, "-m", "rapo_verl.toy.evaluate", str(toy_dir), str(out)]
     command += [f"--n={n}", f"--limit={limit}", *(f"{key}={path}" for key, path in models.items())]
     out.mkdir(parents=True, exist_ok=True)
@@ -74,13 +66,7 @@ def evaluate(models: dict[str, Path], toy_dir: Path, out: Path, *, n: int, limit
 
 
 def write_demo_report(out: Path, labels: dict[str, str], settings: dict[str, str]) -> Numbers:
-    """Write the report of a finished demo and return its numbers.
-
-    Args:
-        out: folder of the demo.
-        labels: key of each model to its name.
-        settings: what the report says first of how it was made.
-    """
+    """Write the report of a finished demo and return its numbers; labels are names of the models, by their keys."""
     folders = [out / "eval" / key for key in labels]
     study = load_study(
         folders,
@@ -115,17 +101,8 @@ def settings_of(run_dir: Path) -> dict[str, str]:
 def demo(out: Path, *, seed: int = 0, n: int = 512, limit: int = 96, overrides: list[str] | None = None) -> None:
     """Make the toy, train GRPO and RAPO, evaluate base, GRPO and RAPO, and write the report.
 
-    Every stage keeps what an earlier, interrupted call finished.
-
-    Args:
-        out: folder of the demo.
-        seed: of the toy's world and base model, made in runs/toy/base<seed> if it is not there.
-        n: samples per problem.
-        limit: evaluation problems, a multiple of 12 keeps the families equal.
-        overrides: Hydra overrides for both trainings.
-
-    Raises:
-        Failed: a stage failed; the message says where to look.
+    Every stage keeps what an earlier, interrupted call finished. The toy is in runs/toy/base<seed>, made if need be; a
+    limit that is a multiple of 12 problems keeps the families equal.
     """
     out = out.absolute()
     toy_dir = Path(f"runs/toy/base{seed}").absolute()

@@ -29,14 +29,9 @@ BASE, HARD_FOLDER, EXACT_FILE = "base", "base_hard", "exact.json"
 
 
 def evaluate(models: Mapping[str, Path], toy_dir: Path, out: Path, *, n: int, limit: int) -> None:
-    """Sample, judge and enumerate each model on the first evaluation problems; what is there is kept.
+    """Sample n times, judge and enumerate each model on the first evaluation problems; what is there is kept.
 
-    Args:
-        models: key to checkpoint; the key names the folder under ``out``. `BASE` is drawn twice, from one engine.
-        toy_dir: folder made by `rapo_verl.toy.make`.
-        out: folder of the evaluations.
-        n: responses per problem and draw.
-        limit: number of problems; families come in turn.
+    A model's key names its folder under ``out``. `BASE` is drawn twice, from one engine.
     """
     world, problems = load_problems(toy_dir)
     for key, model in models.items():

@@ -20,13 +20,8 @@ def success_probabilities(
     """Return each problem's success probability at temperature 1, float64 [len(problems)].
 
     p(x) = sum over right solutions y of prod_t pi(y_t | x, y_<t), the end token included. Right answers in some other
-    form than the 64 canonical solutions are left out, so this is a lower bound.
-
-    Args:
-        model_dir: checkpoint folder with its tokenizer.
-        world: gives the right solutions.
-        problems: the problems.
-        batch_size: problems a forward pass; each stands for 64 sequences.
+    form than the 64 canonical solutions are left out, so this is a lower bound. A batch of problems is 64 times as many
+    sequences.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = Qwen2ForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()

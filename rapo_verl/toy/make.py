@@ -21,10 +21,7 @@ PRETRAIN_STEPS, PRETRAIN_BATCH = 1000, 192
 def make_toy(out: Path, *, seed: int, progress: bool = True) -> None:
     """Write problems and base model of world ``seed`` to ``out``; what is already there and the same is kept.
 
-    Args:
-        out: folder; gets train.parquet, eval.parquet, their data cards and sources, world.json and model/.
-        seed: of the world and of the base model's initial weights and corpus.
-        progress: show a progress bar over the pre-training.
+    The folder gets train.parquet, eval.parquet, their data cards and sources, world.json and model/.
     """
     settings = {
         "world_seed": seed,
@@ -49,11 +46,7 @@ def make_toy(out: Path, *, seed: int, progress: bool = True) -> None:
 def write_problems(world: World, out: Path, *, train: tuple[int, int], evaluation: tuple[int, int]) -> None:
     """Write train.parquet and eval.parquet through the project's data path, with their cards and sources.
 
-    Args:
-        world: draws the problems.
-        out: folder.
-        train: count and seed of the training problems; a question drawn twice is kept once.
-        evaluation: count and seed of the evaluation problems.
+    ``train`` and ``evaluation`` are count and seed; a training question drawn twice is kept once.
     """
     (out / "source").mkdir(parents=True, exist_ok=True)
     splits: dict[Split, tuple[int, int]] = {"train": train, "eval": evaluation}
@@ -68,11 +61,7 @@ def write_problems(world: World, out: Path, *, train: tuple[int, int], evaluatio
 
 
 def load_problems(toy_dir: Path) -> tuple[World, list[Problem]]:
-    """Return the world of a toy folder and its evaluation problems.
-
-    Raises:
-        FileNotFoundError: no toy was made there.
-    """
+    """Return the world of a toy folder and its evaluation problems."""
     path = toy_dir / WORLD_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no toy at {toy_dir}; make one with `rapo toy make --out {toy_dir}`")

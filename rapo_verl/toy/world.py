@@ -54,9 +54,7 @@ class Problem:
 
     Attributes:
         id: unique within one (split, seed).
-        family: index 0-11.
         kind: "easy", "latent", "rare" or "ood".
-        question: the text shown to the model.
         answer: the right integer, canonical (no leading zero).
         plan: the hidden right plan, p * 8 + q; not part of the question.
     """
@@ -81,13 +79,7 @@ class World:
         self._hide_ood_pairs()
 
     def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
-        """Return `count` problems, families in turn; the splits share no operands.
-
-        Args:
-            split: "train" or "eval".
-            count: number of problems.
-            seed: draws operands and hidden plans; the same seed gives the same list.
-        """
+        """Return `count` problems, families in turn; the seed draws operands, none of them in both splits, and plans."""
         rng = np.random.default_rng((self.seed, 1 if split == "train" else 2, seed))
         family, mode, operands = self._draw_questions(split, count, rng)
         latent = rng.choice(len(LATENT_PRIOR), size=count, p=LATENT_PRIOR)
