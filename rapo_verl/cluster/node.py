@@ -83,12 +83,17 @@ class Node:
         if problem:
             self._end(codes.PREFLIGHT, f"{board.host}: {problem}", board.log_file("smoke"))
 
-    def _check_everyone(self) -> None:
+    def _gather(self, name: str) -> dict[str, Any]:
+        """Return what every node has told under this name, by its host."""
         board, everyone = self.board, range(len(self.board.hosts))
-        if not board.wait(lambda: len(board.told("check")) == len(everyone), self.facts.join_seconds):
-            missing = board.names([node for node in everyone if node not in board.told("check")])
-            self._end(codes.MISSING, f"no sign of {missing} in {board.folder} after {self.facts.join_seconds:.0f} s")
-        wrong = disagreements({board.hosts[node]: told for node, told in board.told("check").items()})
+        if not board.wait(lambda: len(board.told(name)) == len(everyone), self.facts.join_seconds):
+            missing = board.names([node for node in everyone if node not in board.told(name)])
+            how = f"{missing} did not join Ray" if name == "joined" else f"no sign of {missing} in {board.folder}"
+            self._end(codes.MISSING, f"{how} after {self.facts.join_seconds:.0f} s")
+        return {board.hosts[node]: told for node, told in board.told(name).items()}
+
+    def _check_everyone(self) -> None:
+        wrong = disagreements(self._gather("check"))
         if wrong:
             print_findings(wrong)
             self._end(codes.PREFLIGHT, "; ".join(f"{f.what}: {f.found}; {f.mend}" for f in wrong[:3]))
@@ -164,16 +169,13 @@ class Node:
             time.sleep(1)
 
     def _drive_head(self) -> None:
-        board, want = self.board, len(self.board.hosts)
-        if not board.wait(lambda: len(board.told("joined")) == want, self.facts.join_seconds):
-            missing = board.names([node for node in range(want) if node not in board.told("joined")])
-            self._end(codes.MISSING, f"{missing} did not join Ray within {self.facts.join_seconds:.0f} s")
-        self._say(f"{sum(board.told('joined').values())} GPUs on {want} node(s) have joined")
+        joined = self._gather("joined")
+        self._say(f"{sum(joined.values())} GPUs on {len(joined)} node(s) have joined")
         code = self._drive(self.command, watch=True)
         if code not in (0, 2, *codes.REQUEUED):
             self._was_it_a_node()
         said = {SAVED: "saved before the last step", STALLED: "no step for too long: stacks.* beside the log"}
-        self._end(code, said.get(code, f"{self.command[0]} ended with {code}"), board.log_file("driver"))
+        self._end(code, said.get(code, f"{self.command[0]} ended with {code}"), self.board.log_file("driver"))
 
     def _drive(self, command: list[str], *, watch: bool = False) -> int:
         """Run `rapo` and return its exit code; its output goes to the driver's log and from there to the job's."""

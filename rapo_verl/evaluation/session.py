@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from rapo_verl.evaluation.generate import Draw, Fleet, generate
 from rapo_verl.evaluation.prompts import load_prompts
 from rapo_verl.evaluation.spec import SHARD, Plan, Sampling, read_problems
+from rapo_verl.run.doctor import installed
 from rapo_verl.run.export import checkpoint_of, model_sha256, resolve_model
 from rapo_verl.run.launch import git_commit
 from rapo_verl.run.progress import bar_interval
@@ -51,7 +51,7 @@ def read_plan(
         draw=draw,
         sampling=replace(sampling, stop_token_ids=stops),
         shard=shard,
-        versions=_versions(),
+        versions=installed(_VERSIONED),
         notes={
             "model": model,
             "weights": str(folder),
@@ -59,16 +59,6 @@ def read_plan(
             "date": datetime.date.today().isoformat(),
         },
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def generate_draws(draws: Sequence[Draw], fleet: Fleet, *, label: str) -> list[str]:

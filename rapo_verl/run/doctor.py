@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,14 +116,24 @@ def _resources() -> list[Finding]:
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
     return [
         Finding("cores", str(len(os.sched_getaffinity(0)))),
-        Finding("free memory", _gib(memory), memory >= MIN_MEMORY, f"the demo wants {_gib(MIN_MEMORY)}"),
-        Finding("free /dev/shm", _gib(shm), shm >= MIN_SHM, "weights and Ray's objects travel through it: enlarge it"),
-        Finding("free disk here", _gib(disk), disk >= MIN_DISK, "checkpoints need room"),
+        Finding("free memory", gib(memory), memory >= MIN_MEMORY, f"the demo wants {gib(MIN_MEMORY)}"),
+        Finding("free /dev/shm", gib(shm), shm >= MIN_SHM, "weights and Ray's objects travel through it: enlarge it"),
+        Finding("free disk here", gib(disk), disk >= MIN_DISK, "checkpoints need room"),
     ]
 
 
-def _gib(count: int) -> str:
+def gib(count: int) -> str:
+    """Return a number of bytes in words."""
     return f"{count / (1 << 30):.1f} GiB"
+
+
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those distributions that are installed; none is imported, which takes seconds."""
+    found = {}
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def print_findings(findings: list[Finding]) -> None:

@@ -79,7 +79,7 @@ class World:
         self._hide_ood_pairs()
 
     def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
-        """Return `count` problems, families in turn; the seed draws operands, none of them in both splits, and plans."""
+        """Return `count` problems, families in turn; the seed draws operands, none in both splits, and plans."""
         rng = np.random.default_rng((self.seed, 1 if split == "train" else 2, seed))
         family, mode, operands = self._draw_questions(split, count, rng)
         latent = rng.choice(len(LATENT_PRIOR), size=count, p=LATENT_PRIOR)
