@@ -86,3 +86,19 @@ def toy_make(
 
     make_toy(out, seed=seed)
     print(f"toy: {out}")
+
+
+@toy.command("real-lm")
+def toy_real_lm(
+    out: Annotated[Path, typer.Option(help="folder; `real_dir` of the experiments")] = Path("runs/real-lm"),
+    model: Annotated[str | None, typer.Option(help="checkpoint folder or hub id; default: the package's")] = None,
+    seed: Annotated[int, typer.Option(help="of the problems")] = 0,
+) -> None:
+    """Make arithmetic problems for a real language model, and the model of an installed package: docs/real-lm.md.
+
+    Example: rapo toy real-lm --out runs/real-lm
+    """
+    from rapo_verl.toy.real_lm import make_real_lm
+
+    make_real_lm(out, model=model, seed=seed)
+    print(f"real language model: {out}")

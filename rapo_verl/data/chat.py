@@ -92,6 +92,17 @@ def render(turns: Any, tokenizer: Any | None) -> str:
         ) from error
 
 
+def end_of_turn(tokenizer: Any) -> str | None:
+    """Return the special token that a model's chat template writes after an answer, None if it writes none."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("an answer")[2]
+    # Not `all_special_tokens`, which are those that have a part: bos, eos, pad.
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return next((token for token in tokenizer.tokenize(after) if token in special), None)
+
+
 def load_tokenizer(model: str | None) -> Any | None:
     """Return the tokenizer of a model folder or hub id, None for None."""
     if model is None:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from rapo_verl import Refused
-from rapo_verl.data.chat import render
+from rapo_verl.data.chat import end_of_turn, render
 from rapo_verl.evaluation.spec import Problem
 
-# End tokens of chat formats. Base models of the Qwen family end with one that their config does not name.
+# End tokens of chat formats, beside the one that the chat template writes: a base model may end with either.
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 
 
@@ -37,7 +37,8 @@ def load_prompts(
             f"max_tokens ({max_tokens}) need {prompt + max_tokens} positions, the model has {limit}; {mend}"
         )
     vocabulary = tokenizer.get_vocab()
-    ends = {tokenizer.eos_token_id, *(vocabulary[token] for token in _END_TOKENS if token in vocabulary)}
+    known = (*_END_TOKENS, end_of_turn(tokenizer))
+    ends = {tokenizer.eos_token_id, *(vocabulary[token] for token in known if token in vocabulary)}
     if (folder / "generation_config.json").is_file():
         stated = GenerationConfig.from_pretrained(folder).eos_token_id
         ends |= set(stated) if isinstance(stated, list) else {stated}
