@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from rapo_verl.cli import app
 from rapo_verl.method.reference_tokens import reference_tokens
 from rapo_verl.method.reweighting import reweight_tokens
-from rapo_verl.theory.inspect_reference import PHIS, means, measure
+from rapo_verl.theory.inspect_reference import PHIS, SHOWN, means, measure
 
 TOP_K, TOP_P = 6, 0.9
 
@@ -58,6 +58,9 @@ def test_command_writes_table_and_plot(toy_dir, tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "reference.json").read_text())
     assert found["rows"] == 2 and 0 < found["tokens"] <= 10 and len(found["results"]) == 2 * len(PHIS)
+    texts = found["samples"]
+    assert [(x["phi"], x["row"]) for x in texts] == [(phi, row) for phi in SHOWN for row in range(2)]
+    assert all(f"phi {x['phi']:g}, row {x['row']}" in result.output for x in texts)
     assert (tmp_path / "reference.png").stat().st_size > 5000 and b"<svg" in (tmp_path / "reference.svg").read_bytes()
 
 

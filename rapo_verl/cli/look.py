@@ -110,7 +110,7 @@ def inspect_reference(
     top_p: Annotated[float, typer.Option(help="rapo.reference.top_p")] = 0.95,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
 ) -> None:
-    """Say what tempering by phi does to a reference: mass outside its top k, KL to the untempered.
+    """Say what tempering by phi does to a reference: mass outside its top k, KL to the untempered, what it writes.
 
     Example: rapo inspect-reference Qwen/Qwen2.5-0.5B --prompts data/aime24.parquet
     """

@@ -1,7 +1,8 @@
 """What reweighting does to a given reference model: `rapo inspect-reference MODEL --prompts FILE`.
 
 Responses are sampled from the model at the rollout's temperature; at each of their tokens the whole next-token
-distribution p is reweighted at several phi, by each normalised reading, and compared with p.
+distribution p is reweighted at several phi, by each normalised reading, and compared with p. Beside the numbers stand
+texts of the reference reweighted by ``token`` throughout, for the eye.
 """
 
 import json
@@ -23,6 +24,8 @@ from rapo_verl.report.figures import styled, write_figure
 from rapo_verl.run.files import write_atomic
 
 PHIS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3)
+# Of the texts: phi, and how many prompts are answered at each.
+SHOWN, SHOWN_PROMPTS = (1.0, 0.9, 0.8, 0.5), 3
 COLOURS = {"token": "#d55e00", "nucleus": "#0072b2"}
 
 
@@ -70,22 +73,23 @@ def means(measured: pd.DataFrame) -> pd.DataFrame:
     return measured.groupby(["reading", "phi"], sort=False, as_index=False).mean()
 
 
-def response_logits(model: Any, tokenizer: Any, prompt: str, *, tokens: int, temperature: float) -> torch.Tensor:
-    """Return the logits at each token of a sampled response up to its end, shape (response, vocabulary), fp32."""
+def respond(model: Any, tokenizer: Any, prompt: str, *, tokens: int, temperature: float) -> tuple[str, torch.Tensor]:
+    """Return a sampled response up to its end, and the logits at each of its tokens, shape (response, vocabulary)."""
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
     # top_k=0, top_p=1: the checkpoint's own generation settings are not the rollout's.
     out = model.generate(
         **ids, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=tokens,
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
-    return torch.stack([step[0].float().cpu() for step in out.logits])
+    text = tokenizer.decode(out.sequences[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text, torch.stack([step[0].float().cpu() for step in out.logits])
 
 
 def inspect_reference(
     model: str, prompts: Path, out: Path, *, rows: int, tokens: int, temperature: float, top_k: int, top_p: float,
     seed: int,
 ) -> None:  # fmt: skip
-    """Sample, measure, print the table, and write ``reference.json``, ``reference.png`` and ``reference.svg``.
+    """Sample, measure, print table and texts, and write ``reference.json``, ``reference.png`` and ``reference.svg``.
 
     The model is a checkpoint folder or a hub id. Prompts are veRL parquet or any file of records with chat prompts;
     the first ``rows`` are taken. ``tokens`` is the longest response; the rest is `measure`'s.
@@ -104,7 +108,7 @@ def inspect_reference(
     texts = [render(list(record["prompt"]), tokenizer) for record in records[:rows]]
     parts, count = [], 0
     for text in texts:  # one at a time: a language model's logits are 0.6 MB a token
-        logits = response_logits(loaded, tokenizer, text, tokens=tokens, temperature=temperature)
+        _, logits = respond(loaded, tokenizer, text, tokens=tokens, temperature=temperature)
         parts.append(measure(logits, temperature=temperature, top_k=top_k, top_p=top_p))
         count += len(logits)
     found = means(pd.concat(parts))
@@ -115,10 +119,24 @@ def inspect_reference(
     for reading, phi, *values in found.itertuples(index=False):
         table.add_row(reading, f"{phi:g}", *(f"{max(value, 0):.4f}" for value in values))
     Console().print(table)
+    samples = [
+        {
+            "phi": phi,
+            "row": row,
+            "text": respond(loaded, tokenizer, text, tokens=tokens, temperature=temperature / phi)[0],
+        }
+        for phi in SHOWN
+        for row, text in enumerate(texts[:SHOWN_PROMPTS])
+    ]
+    for sample in samples:
+        Console().print(f"phi {sample['phi']:g}, row {sample['row']}: {sample['text']}", markup=False, highlight=False)
     out.mkdir(parents=True, exist_ok=True)
     settings = {"model": model, "prompts": str(prompts), "rows": len(texts), "tokens": count, "seed": seed}
     settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    write_atomic(out / "reference.json", json.dumps(settings | {"results": found.to_dict("records")}, indent=1))
+    write_atomic(
+        out / "reference.json",
+        json.dumps(settings | {"results": found.to_dict("records"), "samples": samples}, indent=1),
+    )
     write_figure(reference_figure(found, what, top_k, top_p), out / "reference")
 
 

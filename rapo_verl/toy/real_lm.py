@@ -97,6 +97,7 @@ def convert(gguf: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     tokenizer.pad_token = tokenizer.unk_token
     tokenizer.bos_token = None  # the template writes all there is
+    tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of decoded text
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     loaded.config.update(ids)
     loaded.generation_config = GenerationConfig(do_sample=True, **ids)
