@@ -277,7 +277,10 @@ def equal_by_arithmetic(value, text):
     # Degrees of two numbers side by side multiply, as units do.
     text = re.sub(r"\^\\circ(?=[0-9.])", "*", text).replace("^\\circ", "").replace("\\", "")
     text = text.replace("−", "-").replace("{", "(").replace("}", ")").replace("%", "").strip(".")
-    text = text.split("=")[-1].replace("_7", "").replace("(,)", ",").replace("()", "")
+    # "x=42" and "42=x" say the same: of two sides the one with digits, else the last.
+    sides = text.split("=")
+    text = sides[0] if len(sides) == 2 and not re.search("[0-9]", sides[1].replace("_7", "")) else sides[-1]
+    text = text.replace("_7", "").replace("(,)", ",").replace("()", "")
     text = re.sub(r"frac(\([0-9]+\)|[0-9])(\([0-9]+\)|[0-9])", r"(\1)/(\2)", text)
     if not text or not re.fullmatch(r"[0-9.+*\-/(),^a-z]*", text):
         return False

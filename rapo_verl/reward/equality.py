@@ -10,7 +10,7 @@ from sympy.core.relational import Relational
 
 from rapo_verl.reward.answer import normalize
 from rapo_verl.reward.formula import UNSOLVED, formula, ratio, same_formula, same_object, same_set
-from rapo_verl.reward.reading import Answer, Condition, Equation, Many, Value, read, readings
+from rapo_verl.reward.reading import Answer, Condition, Equation, Many, Value, balanced, read, readings
 
 _RANGE = re.compile(r"[\[(].*,.*[\])]|\\cup|\\mathbb|\\emptyset", re.DOTALL)
 
@@ -226,7 +226,7 @@ def _same_value(gold: Value, box: Value) -> bool:
 
 
 def _same_text(a: str, b: str) -> bool:
-    if _NONSENSE.search(a) or _NONSENSE.search(b):
+    if any(_NONSENSE.search(text) or not balanced(text) for text in (a, b)):
         return False
     if a == b:
         return True

@@ -265,6 +265,12 @@ def _encloses(text: str, width: int) -> bool:
     return text.endswith(closing) and not any(depth == 0 for end, depth in _depths(text) if end < len(text))
 
 
+def balanced(text: str) -> bool:
+    """Return whether every bracket of a text has its partner, whatever its kind: ``[1,2)`` is an interval."""
+    depths = [depth for _, depth in _depths(text)]
+    return min(depths, default=0) >= 0 and depths[-1:] in ([], [0])
+
+
 def _depths(text: str) -> list[tuple[int, int]]:
     found, depth = [], 0
     for token in _TOKEN.finditer(text):
