@@ -92,6 +92,8 @@ PAIRS = [
     # intervals, inequalities
     Golden("[0,1)", "[0,1)", CORRECT, "MATH", "the same"),
     Golden("[0,1]", "[0,1)", WRONG, "MATH", "an end point counts"),
+    Golden("3\\pmod 7", "3\\pmod{7}", CORRECT, "text", "the same congruence; \\pm is not in \\pmod"),
+    Golden("3\\pmod 7", "3", WRONG, "text", "a class is no number"),
     Golden("7", "7)", WRONG, "attack", "a bracket without its partner; math-verify drops it"),
     Golden("(0,1)", "[0,1]", WRONG, "MATH", "both do"),
     Golden("[2,\\infty)", "x\\ge 2", CORRECT, "math-verify", "equal; math-verify: only with the inequality as gold"),

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from rapo_verl.method.head import chunk_size
+from rapo_verl.method.head_torch import local_columns
 
 # Chebyshev-Lobatto nodes in [phi_min, 1]: between them the error is below 1e-4 nats at phi_min = 0.5 (tests).
 TAIL_NODES = 5
@@ -133,10 +134,10 @@ def _chunk(
         log_prob, ids = (_gathered(x, group) for x in (log_prob, ids))
         log_prob, order = log_prob.topk(k, 1)
         ids = ids.gather(1, order)
-    column, here = _columns(labels[:, None] - start, z.shape[1])
+    column, here = local_columns(labels[:, None], start, z.shape[1])
     label = torch.where(here, z.gather(1, column), 0)
     # Named tokens leave the tail. A minimum: an id of another shard, put on column 0, must not undo what belongs there.
-    column, here = _columns(ids - start, z.shape[1])
+    column, here = local_columns(ids, start, z.shape[1])
     z.scatter_reduce_(1, column, torch.where(here, -torch.inf, torch.inf).to(z.dtype), "amin")
     tails = [(z * phi).exp_().sum(1, keepdim=True) for phi in nodes]
     sums = torch.cat([label, *tails], 1)  # one reduction for both
@@ -146,12 +147,6 @@ def _chunk(
     log_mass = (tail[:, :1] + log_prob.exp().sum(1, keepdim=True)).log()
     log_tail = tail.log() - torch.tensor(nodes, dtype=z.dtype, device=z.device) * log_mass
     return ReferenceTokens((label - log_mass)[:, 0], ids, log_prob - log_mass, log_tail)
-
-
-def _columns(columns: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the columns, 0 for those that are not in this shard, and which are."""
-    here = (columns >= 0) & (columns < width)
-    return torch.where(here, columns, 0), here
 
 
 def _gathered(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

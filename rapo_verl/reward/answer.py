@@ -156,7 +156,7 @@ def quick_verdict(gold: str, box: str) -> Verdict | None:
         got = parse_integer(box.removesuffix("^\\circ"))
         if got is not None:
             return Verdict.correct if got == want else Verdict.wrong
-        # Neither digit, command nor operator: no integer, and words are not read.
+        # Neither digit nor command: no integer, and words are not read.
         if not any(character.isdigit() or character in "\\√" for character in box):
             return Verdict.wrong
     if not box:

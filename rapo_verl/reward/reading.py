@@ -66,6 +66,7 @@ _COMMA = re.compile(
     r" ?(?:[,;] ?(?:\\text ?\{ ?(?:and|or) ?\}|(?:and|or)(?= ))?|\\text ?\{ ?(?:and|or) ?\}|(?<= )(?:and|or)(?= )) ?"
 )
 _EQUALS = re.compile(r" ?(?:(?<![<>!:])=|\\approx(?![A-Za-z])|\\in(?![A-Za-z])) ?")
+_PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _ORDER = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![A-Za-z])")
 _BUILDER = re.compile(r"\\\{ ?[A-Za-z](?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?::|\\mid(?![A-Za-z])|\|)(.*)\\\}", re.DOTALL)
 # The only commas are those of one number's thousands.
@@ -88,6 +89,7 @@ _UNIT = re.compile(
 )
 _TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
+_POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 _NUMBERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # After a number they make it another answer: "42 or more", "5 squared", "10 minus 3".
 _CHANGING = re.compile(
@@ -114,7 +116,7 @@ _UNITS = {
 
 def readings(text: str) -> list[Answer]:
     r"""Return what an answer may mean: several where it has two ``\pm``, which may or may not go together."""
-    apart = text.count("\\pm") in (2, 3, 4) and "\\mp" not in text
+    apart = len(_PLUS_MINUS.findall(text)) in (2, 3, 4) and "\\mp" not in text
     return [read(text, apart=False)] + ([read(text, apart=True)] if apart else [])
 
 
@@ -123,15 +125,12 @@ def read(text: str, *, apart: bool = False) -> Answer:
     """Return the parts of an answer, as `normalize` leaves it."""
     while text.startswith("{") and _encloses(text, 1):
         text = text[1:-1].strip()
-    introduction = _INTRODUCED.match(text)
-    if introduction is not None and not re.search(r"\bnot?\b|n't", introduction[0]):
-        text = text[introduction.end() :]
-    thousands = _THOUSANDS.fullmatch(text)
-    if thousands is not None:
-        text = thousands[1] + thousands[2].replace(",", "") + thousands[3]
-    builder = _BUILDER.fullmatch(text)
-    if builder is not None:
-        return read(builder[1].strip())
+    if (match := _INTRODUCED.match(text)) and not re.search(r"\bnot?\b|n't", match[0]):
+        text = text[match.end() :]
+    if match := _THOUSANDS.fullmatch(text):
+        text = match[1] + match[2].replace(",", "") + match[3]
+    if match := _BUILDER.fullmatch(text):
+        return read(match[1].strip())
     parts, separators = _split(text, _COMMA)
     if len(parts) > 1:
         items = tuple(item for part in parts for item in _read_one(part, apart))
@@ -149,17 +148,15 @@ def _read_one(text: str, apart: bool) -> list[Answer]:
         content = read(inside, apart=apart) if inside else Many("list", ())
         items = content.items if isinstance(content, Many) and content.kind == "list" else (content,)
         return [Many("set", items)]
-    signs = ("\\pm", "\\mp")
-    count = text.count("\\pm") + text.count("\\mp")
+    count = len(_PLUS_MINUS.findall(text))
     if 0 < count <= 4:
-        choices = product("+-", repeat=count) if apart else (tuple(s) for s in ("+" * count, "-" * count))
-        pieces = re.split(r"(\\pm|\\mp)(?![A-Za-z])", text)
         found = []
-        for choice in choices:
-            turned = iter(choice)
-            flip = {"\\pm": {"+": "+", "-": "-"}, "\\mp": {"+": "-", "-": "+"}}
-            found.append("".join(flip[p][next(turned)] if p in signs else p for p in pieces))
-        return [item for variant in found for item in _read_one(re.sub(r"^ ?\+ ?", "", variant), apart)]
+        for choice in product("+-", repeat=count) if apart else ("+" * count, "-" * count):
+            signs = iter(choice)
+            turned = {"\\pm": {"+": "+", "-": "-"}, "\\mp": {"+": "-", "-": "+"}}
+            variant = _PLUS_MINUS.sub(lambda sign: turned[sign[0]][next(signs)], text)  # noqa: B023  used at once
+            found += _read_one(re.sub(r"^ ?\+ ?", "", variant), apart)
+        return found
     if text.startswith("(") and _encloses(text, 1):
         parts, _ = _split(text[1:-1], _COMMA)
         if len(parts) > 1:
@@ -188,19 +185,17 @@ def _read_relation(text: str) -> list[Answer]:
 
 
 def _read_value(text: str) -> Value:
-    mixed, scientific, base = (pattern.fullmatch(text) for pattern in (_MIXED, _SCIENTIFIC, _BASE))
-    if mixed is not None:
-        return Value(f"{mixed[1]}\\frac{{{int(mixed[2]) * int(mixed[4]) + int(mixed[3])}}}{{{mixed[4]}}}")
-    if scientific is not None:
-        return Value(f"{scientific[1]}\\cdot 10^{{{scientific[2]}}}")
-    if base is not None and (not base[4] or base[4] in _BASES):
-        return Value(base[1].lstrip("0") or "0", base=base[2] or base[3] or _BASES[base[4]])
-    percent = _PERCENT.fullmatch(text)
-    if percent is not None:
-        return Value(percent[1].strip(), percent=True)
-    ordinal = _ORDINAL.fullmatch(text)
-    if ordinal is not None:
-        return Value(ordinal[1])
+    if match := _MIXED.fullmatch(text):
+        sign, whole, top, bottom = match.groups()
+        return Value(f"{sign}\\frac{{{int(whole) * int(bottom) + int(top)}}}{{{bottom}}}")
+    if match := _SCIENTIFIC.fullmatch(text):
+        return Value(f"{match[1]}\\cdot 10^{{{match[2]}}}")
+    if (match := _BASE.fullmatch(text)) and (not match[4] or match[4] in _BASES):
+        return Value(match[1].lstrip("0") or "0", base=match[2] or match[3] or _BASES[match[4]])
+    if match := _PERCENT.fullmatch(text):
+        return Value(match[1].strip(), percent=True)
+    if match := _ORDINAL.fullmatch(text):
+        return Value(match[1])
     if re.match(r"-? ?\\?\$ ?-?[0-9.]", text):
         inner = _read_value(re.sub(r"\\?\$ ?", "", text, count=1))
         return inner if inner.unit else Value(inner.text, ("dollar", "1"))
@@ -219,8 +214,8 @@ def _split_unit(text: str) -> Value:
         return Value(text)
     if match[2] is None and match[3] is None:
         return Value(match[1], ("deg", match[4] or match[5] or "1"))
-    words = (match[2] or match[3]).replace(".", "").split()
-    number = match[1]
+    bare, number = match[3], match[1]
+    words = (match[2] or bare).replace(".", "").split()
     while words and (words[0].lower() in _NUMBERS or words[0].lower() == "dozen"):
         factor = "12" if words[0].lower() == "dozen" else f"10^{{{_NUMBERS[words[0].lower()]}}}"
         number, words = f"({number})\\cdot {factor}", words[1:]
@@ -228,17 +223,18 @@ def _split_unit(text: str) -> Value:
         return Value(number)
     if words[0].lower() == "degrees" and len(words) == 2 and words[1].lower() in _UNITS:
         words = words[1:]
-    power = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}.get(words[0].lower()) if len(words) == 2 else None
-    name = _UNITS.get(words[-1], _UNITS.get(words[-1].lower()) if len(words[-1]) > 1 else None)
-    name = name if len(words) == 1 or power else None
-    if match[3] and (name is None or len(words[-1]) == 1):
-        return Value(text) if number == match[1] else Value(number)
-    if name is None:
-        changes = _CHANGING.search(" ".join(words).lower()) or not all(
-            re.fullmatch(r"[A-Za-z'/()-]+", w) for w in words
-        )
-        return Value(text) if changes else Value(number)
-    return Value(number, (name, match[6] or power or "1"))
+    power = _POWERS.get(words[0].lower()) if len(words) == 2 else None
+    name = None
+    if len(words) == 1 or power:
+        last = words[-1]
+        name = _UNITS.get(last) or (_UNITS.get(last.lower()) if len(last) > 1 else None)
+    if bare and (name is None or len(words[-1]) == 1):
+        return Value(text if number == match[1] else number)
+    if name is not None:
+        return Value(number, (name, match[6] or power or "1"))
+    changes = _CHANGING.search(" ".join(words).lower())
+    plain = all(re.fullmatch(r"[A-Za-z'/()-]+", word) for word in words)
+    return Value(number if plain and not changes else text)
 
 
 def is_name(text: str) -> bool:
