@@ -54,12 +54,13 @@ def bare(spec: EngineSpec, plan) -> tuple[int, float, float]:
     asked = plan.sampling
     params = [
         SamplingParams(
-            n=job.samples, seed=job.seed, temperature=asked.temperature, top_p=asked.top_p, max_tokens=asked.max_tokens,
-            stop_token_ids=list(asked.stop_token_ids), logprobs=0 if asked.logprobs else None,
+            n=shard.samples, seed=shard.seed, temperature=asked.temperature, top_p=asked.top_p,
+            max_tokens=asked.max_tokens, stop_token_ids=list(asked.stop_token_ids),
+            logprobs=0 if asked.logprobs else None,
         )
-        for job in plan.jobs
+        for shard in plan.shards
     ]  # fmt: skip
-    prompts = [{"prompt_token_ids": list(plan.prompts[job.problem])} for job in plan.jobs]
+    prompts = [{"prompt_token_ids": list(plan.prompts[shard.problem])} for shard in plan.shards]
     llm.generate(prompts[:1], SamplingParams(n=8, max_tokens=4, seed=1), use_tqdm=False)
     clock = Clock()
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -82,7 +83,7 @@ def ours(spec: EngineSpec, draw) -> tuple[int, float, float]:
             # Before the engine, whose time counts, is closed.
             elapsed = clock.elapsed()
 
-        await generate([draw], lambda alive: [] if alive else [engine], started=lambda *_: None, done=done)
+        await generate(draw, lambda alive: [] if alive else [engine], started=lambda *_: None, done=done)
 
     asyncio.run(measured())
     return tokens, *elapsed

@@ -48,13 +48,13 @@ def synthetic(folder: Path, model: int, draw: int, args: argparse.Namespace) -> 
     )
     store = Store.create(folder, plan)
     rates = rng.beta(0.3, 1.0, args.problems)
-    for job in plan.jobs:
-        right = rng.random(job.samples) < rates[job.problem]
-        answers = np.where(right, gold[job.problem], rng.integers(0, 1000, job.samples))
-        words = rng.choice(WORDS, size=(job.samples, args.words))
+    for shard in plan.shards:
+        right = rng.random(shard.samples) < rates[shard.problem]
+        answers = np.where(right, gold[shard.problem], rng.integers(0, 1000, shard.samples))
+        words = rng.choice(WORDS, size=(shard.samples, args.words))
         texts = [f"{' '.join(row)} \\boxed{{{answer}}}" for row, answer in zip(words.tolist(), answers)]
-        lengths = (args.words + rng.integers(1, 20, job.samples)).tolist()
-        store.write(job, Samples(lengths, ["stop"] * job.samples, [-1.0] * job.samples, texts))
+        lengths = (args.words + rng.integers(1, 20, shard.samples)).tolist()
+        store.write(shard, Samples(lengths, ["stop"] * shard.samples, [-1.0] * shard.samples, texts))
 
 
 def measured(*arguments: str) -> tuple[float, float, float]:

@@ -30,18 +30,18 @@ def write_answers(toy_dir, folder, *, token_ids=True):
     plan = read_plan(str(toy_dir / "model"), [train], Sampling(max_tokens=24, token_ids=token_ids), n=4, shard=4)
     store = Store.create(folder / "answers", plan)
     tokenizer = AutoTokenizer.from_pretrained(toy_dir / "model")
-    for job in plan.jobs:
-        gold = plan.problems[job.problem].gold
+    for shard in plan.shards:
+        gold = plan.problems[shard.problem].gold
         texts = [right_answer(gold, letter) for letter in "abbc"]
-        if job.problem == 0:
+        if shard.problem == 0:
             texts = ["a123b456", "none", "none", "z"]
-        if job.problem == 1:
+        if shard.problem == 1:
             texts = [right_answer(gold, "d")] * 4
-        if job.problem == PROBLEMS - 1:
+        if shard.problem == PROBLEMS - 1:
             texts[0] = "a" * 30 + texts[0]
         ids = [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in texts]
         kept = ids if token_ids else None
-        store.write(job, Samples([len(i) for i in ids], ["stop"] * 4, [None] * 4, texts, kept))
+        store.write(shard, Samples([len(i) for i in ids], ["stop"] * 4, [None] * 4, texts, kept))
     score(store, VerifierSettings(strictness="integer", workers=1), jobs=1)
     if token_ids:
         collect_answers(store)

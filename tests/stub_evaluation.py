@@ -66,7 +66,7 @@ def run(drawn, *engines, done=lambda *_: None, fleet=None):
         given, left[:] = list(left), []
         return given
 
-    work = generate([drawn], fleet or hand_out, started=lambda *counts: started.append(counts), done=done)
+    work = generate(drawn, fleet or hand_out, started=lambda *counts: started.append(counts), done=done)
     return started, asyncio.run(work)
 
 

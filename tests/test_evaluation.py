@@ -24,7 +24,7 @@ SHARDS = PROBLEMS * -(-N // SHARD)
 def assert_complete(folder):
     """Exactly n samples of each problem, none twice, each the one that its seed gives, and nothing else on disk."""
     store = Store.open(folder)
-    seeds = {(job.problem, job.first): job.seed for job in plan().jobs}
+    seeds = {(shard.problem, shard.first): shard.seed for shard in plan().shards}
     seen = set()
     for problem in range(PROBLEMS):
         rows = [row for path in store.shards_of(problem) for row in store.read(path).to_pylist()]
@@ -177,16 +177,16 @@ def test_parts_run_side_by_side_and_make_every_shard_once(tmp_path):
         engine = StubEngine()
         run(one, engine)
         made.append(engine.made)
-        assert {job.problem for job in one.jobs} == set(range(PROBLEMS))
+        assert {shard.problem for shard in one.shards} == set(range(PROBLEMS))
     assert sum(made) == SHARDS and max(made) - min(made) <= 1
-    assert draw(tmp_path).store.missing(plan().jobs) == ([], [])
+    assert draw(tmp_path).store.missing(plan().shards) == ([], [])
 
 
 def test_no_two_samples_of_any_draws_share_a_seed():
-    seeds = sorted(job.seed for number in (1, 2, 3) for job in plan(draw=number).jobs)
+    seeds = sorted(shard.seed for number in (1, 2, 3) for shard in plan(draw=number).shards)
     assert len(seeds) == 3 * SHARDS
     assert min(b - a for a, b in pairwise(seeds)) >= SHARD
-    assert {job.seed for job in plan().jobs}.isdisjoint(job.seed for job in plan(model="3" * 64).jobs)
+    assert {shard.seed for shard in plan().shards}.isdisjoint(shard.seed for shard in plan(model="3" * 64).shards)
 
 
 def test_seeds_too_close_are_refused(monkeypatch):

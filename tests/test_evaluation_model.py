@@ -90,7 +90,7 @@ def test_generate_takes_a_run_and_several_files_and_says_which_step(toy_dir, tmp
     export = save(tmp_path / "run", 3, toy_dir / "model")
     shutil.copy(toy_dir / "eval.parquet", tmp_path / "other.parquet")
     started = []
-    monkeypatch.setattr("rapo_verl.evaluation.session.generate_draws", lambda draws, *_, **__: started.extend(draws))
+    monkeypatch.setattr("rapo_verl.evaluation.session.generate_draw", lambda draw, _: started.append(draw))
     # An id is told apart by its set: give the second file's rows another one.
     import pandas as pd
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 from rapo_verl import Refused
 from rapo_verl.evaluation.engines import CPU_ENVIRONMENT, EngineSpec, RayEngine, ray_fleet
 from rapo_verl.evaluation.generate import Draw, EngineLostError
-from rapo_verl.evaluation.session import generate_draws, read_plan
+from rapo_verl.evaluation.session import generate_draw, read_plan
 from rapo_verl.evaluation.spec import Sampling
 from rapo_verl.evaluation.store import Store
 from rapo_verl.run.export import resolve_model
@@ -89,7 +89,7 @@ def test_killed_ray_engine_is_replaced_and_two_share_the_queue(toy_dir, tmp_path
     draw = Draw(plan, Store.create(tmp_path / "base", plan))
     ray.init(num_cpus=3, num_gpus=0, include_dashboard=False, log_to_driver=False)
     try:
-        fleet = ray_fleet(EngineSpec(plan.notes["weights"], plan.longest), engines=2)
+        fleet = ray_fleet(EngineSpec(plan.notes["weights"], plan.longest), "auto", engines=2)
         started = []
 
         def watched(alive):
@@ -100,7 +100,7 @@ def test_killed_ray_engine_is_replaced_and_two_share_the_queue(toy_dir, tmp_path
                 ray.kill(started[0]._handle)
             return fresh
 
-        generate_draws([draw], watched, label="ray")
+        generate_draw(draw, watched)
     finally:
         ray.shutdown()
     assert len(started) == 3
@@ -115,10 +115,10 @@ def test_cross_logprob_equals_a_plain_forward_pass(toy_dir, tmp_path):
     model = toy_dir / "model"
     plan = read_plan(str(model), [toy_dir / "eval.parquet"], Sampling(max_tokens=24), n=4, shard=4, limit=3)
     store = Store.create(tmp_path / "base", plan)
-    for job in plan.jobs:
-        gold = plan.problems[job.problem].gold
+    for shard in plan.shards:
+        gold = plan.problems[shard.problem].gold
         texts = [f"a{gold[:3]}{letter}{gold[3:]}\\boxed{{{gold}}}" for letter in "abcd"]
-        store.write(job, Samples([23] * 4, ["stop"] * 4, [None] * 4, texts))
+        store.write(shard, Samples([23] * 4, ["stop"] * 4, [None] * 4, texts))
     subprocess.run(command("score", tmp_path / "base", "--strictness", "integer"), check=True)
     out = tmp_path / "cross.json"
     wish = command("cross-logprob", tmp_path / "base", "--model", model, "--out", out)

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from rapo_verl.method import passk
 from rapo_verl.report import figures as plots
+from rapo_verl.report.conclusion import conclusion
 from rapo_verl.report.page import print_table, write_report
 from rapo_verl.report.statistics import compute, series, sign_test
 from rapo_verl.report.study import EvalResult, Study, role_in
-from rapo_verl.report.verdict import verdict
 
 N, GROUPS = 64, ("easy",) * 8 + ("latent",) * 8 + ("rare",) * 6 + ("ood",) * 6
 IDS = tuple(f"p{i:02d}" for i in range(len(GROUPS)))
@@ -83,7 +83,7 @@ def test_files_exist_and_have_their_kind(report):
     assert (out / "passk.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in (out / "passk.svg").read_bytes()
-    assert json.loads((out / "summary.json").read_text()) == {"verdict": verdict(numbers), **numbers.as_json()}
+    assert json.loads((out / "summary.json").read_text()) == {"verdict": conclusion(numbers), **numbers.as_json()}
 
 
 def test_hostile_text_stays_text(report):
@@ -123,7 +123,7 @@ def test_sections_and_numbers_are_on_the_page(report):
             assert f"{curve(summary, scope, name)[-1]:.3f}" in words
             assert f"= {curve(summary, scope, name, 'exact')[summary.study.ks.index(32)]:.3f}" in words
     assert "do not cover the training seed" in words
-    assert verdict(summary) in words
+    assert conclusion(summary) in words
 
 
 def test_summary_scores_every_model_on_its_own_draw(study, report):
@@ -277,8 +277,8 @@ def test_all_zero_has_a_sentence_and_the_exact_bound_in_place_of_a_grid(tmp_path
     none = np.zeros(30)
     many = {"ids": tuple(map(str, range(30))), "groups": ("a",) * 30, "exact": None}
     numbers = write_report(tmp_path, Study((result("Base", none, 1, **many), result("RAPO", none, 2, **many))))
-    assert verdict(numbers).startswith("No model solved any of the 30 problems in 64 samples each")
-    assert "up to 0.116" in verdict(numbers)
+    assert conclusion(numbers).startswith("No model solved any of the 30 problems in 64 samples each")
+    assert "up to 0.116" in conclusion(numbers)
     assert "<img" not in (tmp_path / "report.html").read_text()
     assert "Paired differences" not in headings(tmp_path)
     # The exact bound is 0.1157; 2000 draws of weights find it to four standard errors, 0.016.
@@ -301,13 +301,13 @@ def counts(name, correct, seed):
     ],
 )
 def test_verdict_says_who_is_ahead_where_and_whether_that_is_significant(a, b, words):
-    said = verdict(compute(Study((counts("A", a, 1), counts("B", b, 2)))))
+    said = conclusion(compute(Study((counts("A", a, 1), counts("B", b, 2)))))
     assert said.startswith(words)
     assert ("cross between k = 1 and k = 2" in said) == words.startswith("At k")
 
 
 def test_verdict_of_one_model_gives_its_counts():
-    said = verdict(compute(Study((counts("A", [64] * 7 + [0] * 21, 1),))))
+    said = conclusion(compute(Study((counts("A", [64] * 7 + [0] * 21, 1),))))
     assert said == "A solved 7 of 28 problems at least once; pass@1 is 0.250 and pass@32 is 0.250."
 
 
@@ -349,5 +349,5 @@ def test_print_table_shows_values_and_takes_no_markup_from_names(study):
     console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
     print_table(numbers, console)
     text = console.export_text()
-    assert "[bold]t[/bold]" in text and verdict(numbers)[:40] in text
+    assert "[bold]t[/bold]" in text and conclusion(numbers)[:40] in text
     assert f"{curve(numbers, 'full', 'Base')[-1]:.3f}" in text

@@ -28,8 +28,8 @@ def store(tmp_path):
 
 
 def texts(problem, number=1):
-    jobs = sorted(job for job in plan(draw=number).jobs if job.problem == problem)
-    return [answer(job.seed + i, problem) for job in jobs for i in range(job.samples)]
+    shards = sorted(shard for shard in plan(draw=number).shards if shard.problem == problem)
+    return [answer(shard.seed + i, problem) for shard in shards for i in range(shard.samples)]
 
 
 def test_verdicts_counts_and_lengths_are_those_of_the_texts(store):
@@ -77,8 +77,8 @@ def test_other_verifier_settings_or_samples_are_judged_again(store, monkeypatch)
     monkeypatch.setattr(scoring, "verifier_sha256", lambda: "another verifier")
     assert score(store, VerifierSettings(), jobs=1) == PROBLEMS
     assert read_stated(score_path(store, 0))["basis"]["verifier"] == "another verifier"
-    job = next(job for job in plan().jobs if job.problem == 3)
-    store.write(job, Samples([1] * SHARD, ["stop"] * SHARD, [0.0] * SHARD, ["\\boxed{3}"] * SHARD))
+    shard = next(shard for shard in plan().shards if shard.problem == 3)
+    store.write(shard, Samples([1] * SHARD, ["stop"] * SHARD, [0.0] * SHARD, ["\\boxed{3}"] * SHARD))
     assert score(store, VerifierSettings(), jobs=1) == 1
 
 

@@ -28,7 +28,7 @@ def test_scripts_are_shellcheck_clean():
 
 def test_job_scripts_are_thin_and_name_no_hyperparameter():
     jobs = [script for script in SCRIPTS if script.name not in ("launch.sh", "compare.sh", "part.sh")]
-    assert len(jobs) == 11
+    assert len(jobs) == 12
     for script in jobs:
         lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
         assert len(lines) <= 15 and os.access(script, os.X_OK)

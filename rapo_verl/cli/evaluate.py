@@ -63,20 +63,23 @@ def eval_generate(
     """
     from rapo_verl.evaluation.engines import EngineSpec, local_fleet, ray_fleet
     from rapo_verl.evaluation.generate import Draw
-    from rapo_verl.evaluation.session import generate_draws, read_plan
+    from rapo_verl.evaluation.session import generate_draw, read_plan
     from rapo_verl.evaluation.spec import Sampling
     from rapo_verl.evaluation.store import Store
 
-    if preset not in PRESETS:
-        raise Refused(f"--preset is {preset!r}; allowed: {', '.join(PRESETS)}")
+    bare = [text for text in engine_arg or [] if "=" not in text]
+    index, _, count = part.partition("/")
+    is_part = index.isdigit() and count.isdigit() and int(index) < int(count)
+    checks = [
+        (preset in PRESETS, f"--preset is {preset!r}; allowed: {', '.join(PRESETS)}"),
+        (not bare, f"--engine-arg is {bare}; allowed: key=value"),
+        (ray in (None, "auto", "local"), f"--ray is {ray!r}; allowed: auto or local"),
+        (is_part, f"--part is {part!r}; allowed: i/count with 0 <= i < count"),
+    ]
+    if not all(ok for ok, _ in checks):
+        raise Refused([fault for ok, fault in checks if not ok])
     given = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
     chosen = PRESETS[preset] | {key: value for key, value in given.items() if value is not None}
-    bad = [text for text in engine_arg or [] if "=" not in text]
-    if bad or ray not in (None, "auto", "local"):
-        raise Refused(f"--engine-arg takes key=value, --ray auto or local; got {bad or ray}")
-    index, _, count = part.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise Refused(f"--part is {part!r}; allowed: i/count with 0 <= i < count")
     samples = int(chosen.pop("n"))
     sampling = Sampling(**chosen, stop_token_ids=tuple(stop_id or ()), logprobs=logprobs, token_ids=token_ids)  # type: ignore[arg-type]
     plan = read_plan(model, [*data, *(more or [])], sampling, n=samples, draw=draw, shard=shard, limit=limit)
@@ -84,15 +87,7 @@ def eval_generate(
     sampled = Draw(plan, Store.create(out, plan), (int(index), int(count)))
     options = {key: _value(value) for key, value in (text.split("=", 1) for text in engine_arg or [])}
     spec = EngineSpec(plan.notes["weights"], plan.longest, tensor_parallel, options)
-    if ray is not None:
-        import ray as cluster
-
-        try:
-            cluster.init(address="auto" if ray == "auto" else "local", log_to_driver=False)
-        except ConnectionError as error:
-            raise Refused(f"--ray {ray}: {error}") from error
-    fleet = local_fleet(spec) if ray is None else ray_fleet(spec, engines=engines)
-    damaged = generate_draws([sampled], fleet, label=out.name)
+    damaged = generate_draw(sampled, local_fleet(spec) if ray is None else ray_fleet(spec, ray, engines=engines))
     if damaged:
         print(f"{len(damaged)} damaged shard(s) were made again; the old files end in .damaged", file=sys.stderr)
     if int(count) > 1:

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from rapo_verl.cluster.all_reduce import try_links
 from rapo_verl.cluster.board import Board
 from rapo_verl.cluster.checks import check_node, disagreements
 from rapo_verl.cluster.facts import Facts
@@ -27,7 +28,6 @@ from rapo_verl.cluster.ray_node import (
     remove_ray_folder,
     start_ray,
 )
-from rapo_verl.cluster.smoke import run_smoke
 from rapo_verl.run import names as codes
 from rapo_verl.run.doctor import print_findings
 from rapo_verl.run.names import DUMP_FILE, SAVED, STALLED, STOP_FILE
@@ -79,7 +79,7 @@ class Node:
             board.write("go", {"ip": node_ip(self.facts.interface), "port": self._claim() + SMOKE})
         else:
             self._await("go", self.facts.join_seconds * 2 + GO_SECONDS)
-        problem = run_smoke(board, self.facts)
+        problem = try_links(board, self.facts)
         if problem:
             self._end(codes.PREFLIGHT, f"{board.host}: {problem}", board.log_file("smoke"))
 

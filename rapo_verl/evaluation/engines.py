@@ -182,13 +182,18 @@ class RayEngine:
         ray.kill(self._handle)
 
 
-def ray_fleet(spec: EngineSpec, *, engines: int = 0) -> Fleet:
-    """Return a fleet on the Ray cluster, which is initialised: at most ``engines``, 0: as many as it has room for.
+def ray_fleet(spec: EngineSpec, address: str, *, engines: int = 0) -> Fleet:
+    """Return a fleet on a Ray cluster, "auto" or a "local" one: at most ``engines``, 0: as many as it has room for.
 
     One for every ``tensor_parallel`` GPUs of a node, or that number on CPUs. Nodes that join are used at the next look,
     those that leave take their engines with them.
     """
     import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
+    except ConnectionError as error:
+        raise Refused(f"--ray {address}: {error}") from error
 
     def room() -> int:
         gpus = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]

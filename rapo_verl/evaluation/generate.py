@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from rapo_verl import Failed
-from rapo_verl.evaluation.spec import Job, Plan, Sampling
+from rapo_verl.evaluation.spec import Plan, Sampling, Shard
 from rapo_verl.evaluation.store import Samples, Store
 
 logger = logging.getLogger(__name__)
@@ -58,19 +58,19 @@ class Draw:
     part: tuple[int, int] = (0, 1)
 
     @property
-    def jobs(self) -> tuple[Job, ...]:
+    def shards(self) -> tuple[Shard, ...]:
         """The shards of this process; of every problem some, so that no part has all the long ones."""
         index, count = self.part
-        return tuple(job for job in self.plan.jobs if (job.problem + job.shard) % count == index)
+        return tuple(shard for shard in self.plan.shards if (shard.problem + shard.number) % count == index)
 
 
 class _Queue:
-    def __init__(self, draws: Sequence[Draw], fleet: Fleet, done: Callable[[int, int], None]):
-        self.draws, self.fleet, self.done = draws, fleet, done
-        self.pending: deque[tuple[Draw, Job]] = deque()
+    def __init__(self, draw: Draw, fleet: Fleet, done: Callable[[int, int], None]):
+        self.draw, self.fleet, self.done = draw, fleet, done
+        self.pending: deque[Shard] = deque()
         self.engines: list[Engine] = []
-        self.in_hand: dict[asyncio.Task, tuple[Engine, Draw, Job]] = {}
-        self.attempts: Counter[tuple[int, Job]] = Counter()
+        self.in_hand: dict[asyncio.Task, tuple[Engine, Shard]] = {}
+        self.attempts: Counter[Shard] = Counter()
         # Engines lost since a shard was last finished, and the most that lived at once.
         self.barren = self.most = 0
 
@@ -93,75 +93,68 @@ class _Queue:
     def _hand_out(self) -> None:
         """Fill every engine up to its capacity, the least busy first."""
         load = {id(engine): 0 for engine in self.engines}
-        for engine, _, job in self.in_hand.values():
+        for engine, shard in self.in_hand.values():
             if id(engine) in load:
-                load[id(engine)] += job.samples
+                load[id(engine)] += shard.samples
         while self.pending and self.engines:
             engine = min(self.engines, key=lambda e: load[id(e)] / e.capacity)
             if load[id(engine)] >= engine.capacity:
                 return
-            draw, job = self.pending.popleft()
-            load[id(engine)] += job.samples
-            self.in_hand[asyncio.create_task(_make(engine, draw, job))] = (engine, draw, job)
+            shard = self.pending.popleft()
+            load[id(engine)] += shard.samples
+            self.in_hand[asyncio.create_task(self._make(engine, shard))] = (engine, shard)
+
+    async def _make(self, engine: Engine, shard: Shard) -> int:
+        """Sample a shard, write it, and return its number of tokens."""
+        plan = self.draw.plan
+        samples = await engine.sample(Request(plan.prompts[shard.problem], shard.samples, shard.seed, plan.sampling))
+        # In a thread: compressing and flushing would hold up the engine's own loop.
+        await asyncio.to_thread(self.draw.store.write, shard, samples)
+        return sum(samples.tokens)
 
     def _collect(self, task: asyncio.Task) -> None:
-        engine, draw, job = self.in_hand.pop(task)
+        engine, shard = self.in_hand.pop(task)
         error = task.exception()
         if error is None:
             self.barren = 0
-            self.done(job.samples, task.result())
+            self.done(shard.samples, task.result())
             return
         if not isinstance(error, EngineLostError):
             raise error
-        self.pending.appendleft((draw, job))
-        self.attempts[id(draw), job] += 1
+        self.pending.appendleft(shard)
+        self.attempts[shard] += 1
         if engine in self.engines:
             logger.warning("an engine was lost: %s; its shards in flight are done again", error)
             self.engines.remove(engine)
             engine.close()
             self.barren += 1
-        if self.barren > max(3, self.most) or self.attempts[id(draw), job] >= MAX_ATTEMPTS:
+        if self.barren > max(3, self.most) or self.attempts[shard] >= MAX_ATTEMPTS:
             raise Failed(
                 f"{self.barren} engine(s) were lost without a shard finished, problem "
-                f"{draw.plan.problems[job.problem].id!r} shard {job.shard} {self.attempts[id(draw), job]} time(s); "
+                f"{self.draw.plan.problems[shard.problem].id!r} shard {shard.number} {self.attempts[shard]} time(s); "
                 f"the last error: {error}"
             ) from error
 
 
-async def _make(engine: Engine, draw: Draw, job: Job) -> int:
-    """Sample a shard, write it, and return its number of tokens."""
-    request = Request(draw.plan.prompts[job.problem], job.samples, job.seed, draw.plan.sampling)
-    samples = await engine.sample(request)
-    # In a thread: compressing and flushing would hold up the engine's own loop.
-    await asyncio.to_thread(draw.store.write, job, samples)
-    return sum(samples.tokens)
-
-
 async def generate(
-    draws: Sequence[Draw], fleet: Fleet, *, started: Callable[[int, int], None], done: Callable[[int, int], None]
+    draw: Draw, fleet: Fleet, *, started: Callable[[int, int], None], done: Callable[[int, int], None]
 ) -> list[str]:
-    """Make every shard that the draws' folders lack.
+    """Make every shard that a draw's folder lacks; return what was wrong with files that were made again.
 
     Args:
-        draws: of one model; their folders are held by the caller (`Store.locked`).
+        draw: its folder is held by the caller (`Store.locked`).
         fleet: where engines come from; asked again every POLL_S seconds, so that machines may join.
         started: called once with the samples still to be made and those that are there.
         done: called for each shard with its samples and tokens.
 
-    Returns:
-        What was wrong with files that were found damaged and made again.
-
     Raises:
         Failed: engines are lost time and again.
     """
-    queue = _Queue(draws, fleet, done)
-    damaged: list[str] = []
-    for draw in draws:
-        todo, found = draw.store.missing(draw.jobs)
-        queue.pending.extend((draw, job) for job in todo)
-        damaged += found
-    missing = sum(job.samples for _, job in queue.pending)
-    started(missing, sum(job.samples for draw in draws for job in draw.jobs) - missing)
+    queue = _Queue(draw, fleet, done)
+    todo, damaged = draw.store.missing(draw.shards)
+    queue.pending.extend(todo)
+    missing = sum(shard.samples for shard in todo)
+    started(missing, sum(shard.samples for shard in draw.shards) - missing)
     try:
         await queue.run()
     finally:

@@ -4,7 +4,6 @@ import asyncio
 import datetime
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,9 +60,8 @@ def read_plan(
     )
 
 
-def generate_draws(draws: Sequence[Draw], fleet: Fleet, *, label: str) -> list[str]:
-    """Make what the draws of one model lack, under a progress bar; return what was found damaged and made again."""
-    bar = tqdm(desc=f"sampling {label}", unit="response", mininterval=bar_interval(), total=0)
+def generate_draw(draw: Draw, fleet: Fleet) -> list[str]:
+    """Make what a draw lacks, under a progress bar; return what was found damaged and made again."""
     # The first shard only starts the clock: before it, engines start.
     tokens, began = 0, 0.0
 
@@ -81,8 +79,9 @@ def generate_draws(draws: Sequence[Draw], fleet: Fleet, *, label: str) -> list[s
             began = time.monotonic()
         bar.update(count)
 
-    with ExitStack() as stack:
-        stack.enter_context(bar)
-        for draw in draws:
-            stack.enter_context(draw.store.locked(draw.part))
-        return asyncio.run(generate(draws, fleet, started=started, done=done))
+    name = draw.store.folder.name
+    with (
+        tqdm(desc=f"sampling {name}", unit="response", mininterval=bar_interval(), total=0) as bar,
+        draw.store.locked(draw.part),
+    ):
+        return asyncio.run(generate(draw, fleet, started=started, done=done))

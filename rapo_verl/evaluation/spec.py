@@ -57,11 +57,11 @@ class Sampling:
         return [f"{name} is {getattr(self, name)!r}; allowed: {allowed}" for ok, name, allowed in checks if not ok]
 
 
-class Job(NamedTuple):
-    """One shard: `samples` samples from number `first` on of a problem, under one seed."""
+class Shard(NamedTuple):
+    """A file of samples, the `number`-th of a problem: `samples` of them from the `first` on, under one seed."""
 
     problem: int
-    shard: int
+    number: int
     first: int
     samples: int
     seed: int
@@ -105,7 +105,7 @@ class Plan:
         if len({problem.id for problem in self.problems}) < len(self.problems):
             faults.append("two problems have one id; is a file given twice?")
         if not faults:
-            seeds = sorted(job.seed for job in self.jobs)
+            seeds = sorted(shard.seed for shard in self.shards)
             # vLLM gives child i of a request the seed s + i.
             if any(b - a < self.shard for a, b in pairwise(seeds)):
                 faults.append(f"two shards would share seeds in draw {self.draw}; take another draw")
@@ -113,10 +113,10 @@ class Plan:
             raise Refused(faults)
 
     @cached_property
-    def jobs(self) -> tuple[Job, ...]:
+    def shards(self) -> tuple[Shard, ...]:
         """All shards; first shards of all problems first, so that a part of the work already covers every problem."""
         return tuple(
-            Job(problem, first // self.shard, first, min(self.shard, self.n - first), self._seed(problem, first))
+            Shard(problem, first // self.shard, first, min(self.shard, self.n - first), self._seed(problem, first))
             for first in range(0, self.n, self.shard)
             for problem in range(len(self.problems))
         )

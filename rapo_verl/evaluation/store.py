@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rapo_verl import Refused
-from rapo_verl.evaluation.spec import FORMAT, Job, Plan
+from rapo_verl.evaluation.spec import FORMAT, Plan, Shard
 from rapo_verl.run.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -146,23 +146,23 @@ class Store:
         shards = {i: self.read(paths[i], ["text"])["text"] for i in sorted({sample // size for sample in samples})}
         return [shards[sample // size][sample % size].as_py() for sample in samples]
 
-    def write(self, job: Job, samples: Samples) -> None:
+    def write(self, shard: Shard, samples: Samples) -> None:
         """Write a shard; raise ShardError if the engine returned another number of samples than asked for."""
-        given: list[Any] = [[None] * job.samples if column is None else column for column in samples]
-        if any(len(column) != job.samples for column in given):
-            raise ShardError(f"asked for {job.samples} samples, got {[len(column) for column in given]}")
-        columns: list[Any] = [list(range(job.first, job.first + job.samples)), *given]
+        given: list[Any] = [[None] * shard.samples if column is None else column for column in samples]
+        if any(len(column) != shard.samples for column in given):
+            raise ShardError(f"asked for {shard.samples} samples, got {[len(column) for column in given]}")
+        columns: list[Any] = [list(range(shard.first, shard.first + shard.samples)), *given]
         digest = hashlib.blake2b(json.dumps(samples.text).encode(), digest_size=16).hexdigest()
         stated = {
             "manifest": self.manifest["sha256"],
-            "problem": job.problem,
-            "first": job.first,
-            "count": job.samples,
-            "seed": job.seed,
+            "problem": shard.problem,
+            "first": shard.first,
+            "count": shard.samples,
+            "seed": shard.seed,
             "tokens": sum(samples.tokens),
             "texts": digest,
         }
-        write_table(self.shard_path(job.problem, job.shard), pa.table(columns, schema=SCHEMA), stated)
+        write_table(self.shard_path(shard.problem, shard.number), pa.table(columns, schema=SCHEMA), stated)
 
     def read(self, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         """Return a shard; raise ShardError unless it is whole and in its place."""
@@ -178,16 +178,16 @@ class Store:
             raise ShardError(f"{path}: states {stated} with {table.num_rows} rows; its place says {expected}")
         return table
 
-    def missing(self, jobs: Sequence[Job]) -> tuple[list[Job], list[str]]:
+    def missing(self, shards: Sequence[Shard]) -> tuple[list[Shard], list[str]]:
         """Return those of these shards that are still to be made, and what was wrong with files found damaged.
 
         A damaged file is kept beside its place as ``*.damaged``. Every page of every file is read, one at a time.
         """
         todo, damaged = [], []
-        for job in jobs:
-            path = self.shard_path(job.problem, job.shard)
+        for shard in shards:
+            path = self.shard_path(shard.problem, shard.number)
             if not path.exists():
-                todo.append(job)
+                todo.append(shard)
                 continue
             try:
                 self.read(path)
@@ -195,5 +195,5 @@ class Store:
                 logger.warning("%s; it is made again", error)
                 path.rename(path.with_suffix(".damaged"))
                 damaged.append(str(error))
-                todo.append(job)
+                todo.append(shard)
         return todo, damaged

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rapo_verl.report import figures as plots
+from rapo_verl.report.conclusion import conclusion
 from rapo_verl.report.statistics import TRAINING_METRICS, Numbers, compute, rates
 from rapo_verl.report.study import Study, role_in
-from rapo_verl.report.verdict import verdict
 from rapo_verl.run.files import write_atomic
 
 LOGGER = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def write_report(out_dir: str | os.PathLike[str], study: Study) -> Numbers:
     run_roles = {name: model_roles.get(name) or role_in(name) for name in study.histories}
     colours = plots.model_colours(model_roles | run_roles)
     training = plots.training_figures(numbers, run_roles, colours)
-    summary = {"verdict": verdict(numbers), **numbers.as_json()}
+    summary = {"verdict": conclusion(numbers), **numbers.as_json()}
 
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def render_html(
         s=study,
         numbers=numbers,
         at=numbers.by_key,
-        verdict=verdict(numbers),
+        verdict=conclusion(numbers),
         names=study.names,
         top=study.ks[-1],
         rates={result.name: rates(result) for result in study.results if result.responses},
@@ -100,7 +100,7 @@ def render_html(
 
 
 def print_table(numbers: Numbers, console: Console | None = None) -> None:
-    """Print the verdict and the headline table, Full and Hard, to a terminal (default: the standard output)."""
+    """Print the conclusion and the headline table, Full and Hard, to a terminal (default: the standard output)."""
     study = numbers.study
     console = console or Console()
     sizes = f"{len(study.base.ids)} problems ({study.hard.sum()} Hard), n = {study.n}"
@@ -113,7 +113,7 @@ def print_table(numbers: Numbers, console: Console | None = None) -> None:
             cells = [Text(_cell(numbers.by_key.get((label, scope, name, k)))) for k in study.headline_ks]
             table.add_row(Text(name), scope.capitalize(), *cells)
         table.add_section()
-    console.print(Text(verdict(numbers)))
+    console.print(Text(conclusion(numbers)))
     console.print(table)
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import transformers
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -18,13 +19,18 @@ from rapo_verl.report.load import load_study
 from rapo_verl.report.page import print_table, write_report
 from rapo_verl.report.statistics import Numbers
 from rapo_verl.run.compose import compose_or_refuse
+from rapo_verl.run.files import write_atomic
 from rapo_verl.run.launch import read_metrics, run
 from rapo_verl.run.names import CONFIG_FILE, ENVIRONMENT_FILE
 from rapo_verl.run.preflight import problems_of
-from rapo_verl.toy.evaluate import BASE, EXACT_FILE, HARD_FOLDER
-from rapo_verl.toy.make import MODEL_DIR, make_toy
+from rapo_verl.toy.exact import success_probabilities
+from rapo_verl.toy.make import EVAL_FILE, MODEL_DIR, load_problems, make_toy
 
 console = Console(stderr=True)
+# A solution has 23 tokens, its end included.
+MAX_TOKENS = 24
+# The base's key, the folder of the draw that chooses Hard, the file of enumerated probabilities in a model's folder.
+BASE, HARD_FOLDER, EXACT_FILE = "base", "base_hard", "exact.json"
 
 
 @contextmanager
@@ -53,16 +59,29 @@ def train(experiment: str, run_dir: Path, overrides: list[str]) -> Path:
 
 
 def evaluate(models: dict[str, Path], toy_dir: Path, out: Path, *, n: int, limit: int) -> None:
-    """Evaluate checkpoints, by their keys, in a process of its own, with which vLLM's memory goes."""
-    command = [sys.executable, "-m", "rapo_verl.toy.evaluate", str(toy_dir), str(out)]
-    command += [f"--n={n}", f"--limit={limit}", *(f"{key}={path}" for key, path in models.items())]
+    """Sample and judge each model, named by its key, as a user does, and enumerate it; what is there is kept."""
     out.mkdir(parents=True, exist_ok=True)
+    options = ["--data", toy_dir / EVAL_FILE, "--n", n, "--limit", limit, "--max-tokens", MAX_TOKENS, "--no-logprobs"]
+    for folder, model, draw in [(HARD_FOLDER, models[BASE], 2), *((key, model, 1) for key, model in models.items())]:
+        _rapo_eval(out, "generate", "--model", model, "--out", out / folder, "--draw", draw, *options)
+    folders = [out / folder for folder in (HARD_FOLDER, *models)]
+    _rapo_eval(out, "score", *folders, "--strictness", "integer", "--jobs", 1)
+    transformers.utils.logging.disable_progress_bar()  # of loading 27 tensors
+    world, problems = load_problems(toy_dir)
+    for key, model in models.items():
+        path = out / key / EXACT_FILE
+        if not path.exists():
+            exact = success_probabilities(model, world, problems[:limit], batch_size=16)
+            write_atomic(path, json.dumps(exact.tolist()))
+
+
+def _rapo_eval(out: Path, *arguments: object) -> None:
+    command = [sys.executable, "-m", "rapo_verl.cli", "eval", *map(str, arguments)]
     log = out / "evaluate.log"
-    with log.open("wb") as file:  # the progress bar is on stderr
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-        code = subprocess.run(command, stdout=file, env=environment).returncode
+    with log.open("ab") as file:  # the progress bar is on stderr
+        code = subprocess.run(command, stdout=file, env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}).returncode
     if code != 0:
-        raise Failed(f"the evaluation ended with exit code {code}; see {log}")
+        raise Failed(f"`rapo eval {arguments[0]}` ended with exit code {code}; see {log}")
 
 
 def write_demo_report(out: Path, labels: dict[str, str], settings: dict[str, str]) -> Numbers:

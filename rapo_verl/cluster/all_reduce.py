@@ -14,7 +14,7 @@ SECONDS = 180
 ELEMENTS = 1 << 24  # 64 MiB of float32
 
 
-def run_smoke(board: Board, facts: Facts) -> str | None:
+def try_links(board: Board, facts: Facts) -> str | None:
     """Return what is wrong with the links between the nodes' GPUs; None if nothing is, or if there are no GPUs."""
     backend = facts.smoke
     if backend == "auto":
@@ -25,7 +25,7 @@ def run_smoke(board: Board, facts: Facts) -> str | None:
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(board.hosts)}", f"--node-rank={board.node}",
         f"--nproc-per-node={facts.gpus}", f"--master-addr={go['ip']}", f"--master-port={go['port']}",
-        "-m", "rapo_verl.cluster.smoke", backend,
+        "-m", "rapo_verl.cluster.all_reduce", backend,
     ]  # fmt: skip
     with board.log_file("smoke").open("wb") as log:
         try:

@@ -5,7 +5,7 @@ from rapo_verl.report.statistics import Numbers
 from rapo_verl.report.study import Study
 
 
-def verdict(numbers: Numbers) -> str:
+def conclusion(numbers: Numbers) -> str:
     """Return one plain sentence: which model is ahead, from which k on, where curves cross, and what is significant."""
     study = numbers.study
     ks, top = study.ks, study.ks[-1]
