@@ -10,7 +10,8 @@ the forward, what is kept for the backward, and the peak in the backward with th
 seconds of this process (with one thread: what an idle machine's clock would show), on a GPU those of the clock, where
 the time is also set against copying: one read of the logits and one write of as much at the measured bandwidth.
 (Forward and backward together read twice and write once, so that 1.5 is what bandwidth alone would allow.) ``--sweep``
-times the two Triton kernels alone at other numbers of warps and loads, against copying, the fastest first.
+times the two Triton kernels alone at other numbers of warps and loads, against copying, the fastest first;
+``--profile`` says after the table which kernels the time went to.
 
 * ours: `rapo_verl.method.head`, on a GPU with its Triton kernels. The KL has a tail bucket.
 * ours, in place: the same with the gradient written over the logits. ours, no target: log-prob and entropy alone.
@@ -199,8 +200,7 @@ def measure(run: Callable, case: Case, memory: bool) -> tuple:
         middle = clock()
         forward, kept = counter.peak, counter.live
         counter.peak = counter.live
-        loss = sum((w * x).sum() for w, x in zip(weights, out))
-        loss.backward()
+        torch.autograd.backward(out, [w.to(x.dtype) for w, x in zip(weights, out)])
         wait()
         end = clock()
     unit = case.logits.numel() * 4
@@ -258,6 +258,19 @@ def sweep(case: Case) -> None:
         print(f"{kernel:18} {min(found)[0] / copy / 1e3:5.2f} times copying: {best}", flush=True)
 
 
+def print_profile(name: str, case: Case, lines: int = 15) -> None:
+    """Print the kernels of one forward and backward, those that take longest first, and their sum against the clock."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        seconds = measure(FORMULATIONS[name], case, memory=False)
+    kernels = [event for event in found.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(event.self_device_time_total for event in kernels) / 1e3
+    print(f"{name}: {total:.3f} ms in kernels, {sum(seconds[:2]) * 1e3:.3f} ms by the clock under the profiler")
+    for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:lines]:
+        print(f"  {event.self_device_time_total / 1e3:8.3f} ms {event.count:4} x {event.key[:100]}")
+
+
 def single_process_group() -> None:
     """Make the process group of one that veRL's Megatron head wants."""
     from megatron.core import parallel_state
@@ -279,6 +292,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", choices=list(FORMULATIONS))
     parser.add_argument("--sweep", action="store_true", help="time Triton's kernels at other settings, and stop")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of each on a GPU as well")
     args = parser.parse_args()
     if args.sweep:
         sweep(Case(args.rows, args.columns, args.k, getattr(torch, args.dtype), args.device, keep_reference=False))
@@ -312,6 +326,8 @@ def main() -> None:
         a, b, c = units[name]
         times = "" if copy is None else f"{both / copy:11.2f}"
         print(f"{name:15} {forward:10.4f} {backward:10.4f} {both:8.4f} {a:12.2f} {b:6.2f} {c:6.2f}{times}")
+    for name in args.only if args.profile else ():
+        print_profile(name, case)
 
 
 if __name__ == "__main__":

@@ -189,6 +189,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no step is begun after so many")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
+    # As in a worker of Ray's (one processor, OMP_NUM_THREADS=1): on a busy machine more threads wait for one another.
+    torch.set_num_threads(1)
     end = time.monotonic() + args.seconds
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**alone, "MASTER_PORT": "29655"}.items():

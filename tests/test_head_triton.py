@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -32,14 +33,20 @@ def test_kernels_in_tritons_interpreter_do_what_torch_does():
     assert done.stdout.split() == list(INTERPRETED)
 
 
-def interpret() -> None:
-    """Put the kernels in the heads' place, in blocks of 16 columns: three for the 38 of the cases."""
+def head_triton():
+    """Return the kernels' module; imported here, where Triton has seen whether it is to interpret."""
     from rapo_verl.method import head_triton
 
-    head_triton.THREADS_OF_WARP = 1
-    head_triton.SUMS_WARPS, head_triton.SUMS_LOADS = 1, 2
-    head_triton.GRADIENT_WARPS, head_triton.GRADIENT_LOADS = 2, 1
-    head_module.sweeps_for = linear_module.sweeps_for = lambda *_: head_triton
+    return head_triton
+
+
+def interpret() -> None:
+    """Put the kernels in the heads' place, in blocks of 16 columns: three for the 38 of the cases."""
+    kernels = head_triton()
+    kernels.THREADS_OF_WARP = 1
+    kernels.SUMS_WARPS, kernels.SUMS_LOADS = 1, 2
+    kernels.GRADIENT_WARPS, kernels.GRADIENT_LOADS = 2, 1
+    head_module.sweeps_for = linear_module.sweeps_for = lambda *_: kernels
 
 
 def values_and_gradient():
@@ -85,6 +92,41 @@ def logits_masked_by_the_lowest_number():
         (out, gradient), (want, want_gradient) = case.run(), by_autograd(case)
         torch.testing.assert_close(out.entropy.double(), want.entropy, **SINGLE)
         torch.testing.assert_close(gradient.double(), want_gradient, rtol=2**-7, atol=1e-6)
+
+
+def threads_that_see_no_column():
+    # Blocks as on a GPU, far wider than the 38 columns: in fp32 the lowest peak times a sum is an infinity.
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(dtype=dtype, rows=3)
+        with mock.patch.multiple(head_triton(), THREADS_OF_WARP=32, SUMS_WARPS=4, SUMS_LOADS=1):
+            out, gradient = case.run()
+        want, want_gradient = by_autograd(case)
+        for a, b in zip(out, want):
+            torch.testing.assert_close(a.double(), b, **SINGLE)
+        torch.testing.assert_close(gradient.double(), want_gradient, rtol=2**-7, atol=1e-5)
+
+
+def what_the_head_refuses():
+    for field, place, value, text in (
+        ("labels", 4, VOCABULARY, "row 4 has a label outside"),
+        ("labels", 4, -1, "row 4 has a label outside"),
+        ("ids", (4, 1), VOCABULARY, "row 4 has a target id outside"),
+        ("ids", (4, 1), -1, "row 4 has a target id outside"),
+        ("ids", (4, slice(2)), 7, "row 4 has a target id twice"),
+        ("temperature", 4, 0.0, "row 4 has a temperature"),
+        ("temperature", 4, -1.0, "row 4 has a temperature"),
+        ("temperature", 4, torch.nan, "row 4 has a temperature"),
+        ("log_prob", (4, 1), torch.nan, "row 4 has a target log-probability"),
+        ("log_prob", (4, 1), torch.inf, "row 4 has a target log-probability"),
+        ("log_tail", 4, torch.nan, "row 4 has a target log-probability"),
+    ):
+        case = Case()
+        values = getattr(case.target, field, None)
+        (getattr(case, field) if values is None else values)[place] = value
+        with pytest.raises(ValueError, match=text):
+            case.run()
+        case.weights = case.weights * (torch.arange(ROWS) != 4)
+        assert case.run(rows=torch.arange(ROWS) != 4)[1].isfinite().all()
 
 
 def linear_head_takes_the_same_sweep():
@@ -167,7 +209,7 @@ INTERPRETED = {
     for f in (
         values_and_gradient, strides, precision, small_tail, rows_left_out,
         log_prob_has_the_same_bits_with_and_without_a_target, logits_masked_by_the_lowest_number,
-        linear_head_takes_the_same_sweep, gradient_in_place,
+        threads_that_see_no_column, what_the_head_refuses, linear_head_takes_the_same_sweep, gradient_in_place,
         one_output_alone, non_finite_logits, two_shards,
     )
 }  # fmt: skip
@@ -175,22 +217,21 @@ INTERPRETED = {
 # --- through the compiler ---
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_for_a_gpu_without_spilling(capability, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("capability", "masked"), [(80, True), (90, False)])
+def test_kernels_compile_for_a_gpu_without_spilling(capability, masked, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rapo_verl.method import head_triton
-
+    kernels = head_triton()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"logits": "*bf16", "gradient": "*bf16", "rows": "*i1", "ids": "*i64", "labels": "*i64"}
-    types |= dict.fromkeys(("columns", "start", "named", "row_stride", "gradient_row_stride"), "i32")
+    types |= dict.fromkeys(("columns", "start", "vocabulary", "named", "row_stride", "gradient_row_stride"), "i32")
     for kernel, warps, loads in (
-        (head_triton._sums_kernel, head_triton.SUMS_WARPS, head_triton.SUMS_LOADS),
-        (head_triton._gradient_kernel, head_triton.GRADIENT_WARPS, head_triton.GRADIENT_LOADS),
+        (kernels._sums_kernel, kernels.SUMS_WARPS, kernels.SUMS_LOADS),
+        (kernels._gradient_kernel, kernels.GRADIENT_WARPS, kernels.GRADIENT_LOADS),
     ):
         names = kernel.arg_names
-        constants = {"THREADS": 32 * warps, "LOADS": loads, "NAMED": 64}
+        constants = {"THREADS": 32 * warps, "LOADS": loads, "NAMED": 64} | ({} if masked else {"rows": None})
         made = triton.compile(
             ASTSource(
                 fn=kernel,
@@ -211,12 +252,12 @@ def test_kernels_compile_for_a_gpu_without_spilling(capability, tmp_path, monkey
 
 
 def test_kernels_are_for_cuda_and_not_for_a_target_that_names_a_vocabulary():
-    from rapo_verl.method import head_torch, head_triton
+    from rapo_verl.method import head_torch
 
     class OnDevice:
         is_cuda = True
 
-    assert head_module.sweeps_for(OnDevice(), TRITON_NAMED) is head_triton
+    assert head_module.sweeps_for(OnDevice(), TRITON_NAMED) is head_triton()
     assert head_module.sweeps_for(OnDevice(), TRITON_NAMED + 1) is head_torch
     assert head_module.sweeps_for(torch.zeros(1), 1) is head_torch
 
@@ -271,5 +312,7 @@ def test_log_prob_on_a_gpu_has_the_same_bits_with_and_without_a_target():
 if __name__ == "__main__":
     interpret()
     for name, function in INTERPRETED.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         function()
         print(name, flush=True)

@@ -7,6 +7,7 @@ packed SUM per chunk in the forward, nothing in the backward. All arithmetic is 
 matrix products, which autocast and TF32 would round.
 """
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
@@ -102,21 +103,14 @@ def head(
         vocabulary, start = columns * dist.get_world_size(group), columns * dist.get_rank(group)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     inverse = inverse_of(temperature, n, dtype, logits.device)
-    if target is None:
-        nothing = logits.new_full((n,), -torch.inf, dtype=dtype)
-        target = Target(labels.new_empty(n, 0), logits.new_empty(n, 0, dtype=dtype), nothing)
-    if target.ids.shape[1] > vocabulary:
-        raise ValueError(f"the target names {target.ids.shape[1]} tokens of a vocabulary of {vocabulary}")
-    ids, order = target.ids.sort(1)
-    target = Target(ids, target.log_prob.detach().to(dtype).gather(1, order), target.log_tail.detach().to(dtype))
-    sweeps = sweeps_for(logits, ids.shape[1])
+    k = 0 if target is None else target.ids.shape[1]
+    if k > vocabulary:
+        raise ValueError(f"the target names {k} tokens of a vocabulary of {vocabulary}")
+    sweeps = sweeps_for(logits, k)
     if sweeps is not head_torch and logits.stride(1) != 1:
         logits = logits.contiguous()
-    how = How(rows, group, start, sweeps, gradient_in_place)
-    out = _Head.apply(logits, labels.contiguous(), inverse, target, how)
-    # After the sweep, which is safe against them: the host then waits for the device once.
-    _check_values(labels, inverse, target, vocabulary, out[1], rows)
-    return HeadOutput(*out)
+    how = How(rows, group, start, sweeps, gradient_in_place, vocabulary, target is not None)
+    return HeadOutput(*_Head.apply(logits, labels.contiguous(), inverse, _ascending(target, inverse), how))
 
 
 def chunk_size(n: int, columns: int, device: torch.device) -> int:
@@ -142,6 +136,16 @@ def inverse_of(temperature: torch.Tensor | float, n: int, dtype: torch.dtype, de
     return temperature.to(dtype).reciprocal().expand(n).contiguous()
 
 
+def _ascending(target: Target | None, inverse: torch.Tensor) -> Target:
+    """Return the target in the dtype of ``inverse`` with ids that ascend in each row; none named for None."""
+    if target is None:
+        names = inverse.new_empty(len(inverse), 0)
+        return Target(names.long(), names, torch.full_like(inverse, -torch.inf))
+    ids, order = target.ids.sort(1)
+    log_prob = target.log_prob.detach().to(inverse.dtype).gather(1, order)
+    return Target(ids, log_prob, target.log_tail.detach().to(inverse.dtype))
+
+
 class How(NamedTuple):
     """By which sweeps, and over which rows of the logits; ``start`` is the id of this shard's first column."""
 
@@ -150,6 +154,8 @@ class How(NamedTuple):
     start: int
     sweeps: ModuleType
     in_place: bool = False
+    vocabulary: int = 0
+    has_target: bool = False
 
     def chunks(self, logits: torch.Tensor) -> Iterator[tuple[slice | torch.Tensor, slice | torch.Tensor]]:
         """Yield the tokens to take at a time, and those again for the sweeps; Triton's take all, with a mask."""
@@ -169,28 +175,26 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels, inverse, target, how):
-        n, k = len(labels), target.ids.shape[1]
-        out, q = inverse.new_empty(3, n), target.log_prob.exp()
-        mass = q.sum(1) + target.log_tail.exp()
-        log_normaliser, tail_ratio = inverse.new_empty(n), inverse.new_empty(n)
+        found = inverse.new_empty(6, len(labels))
         for part, where in how.chunks(logits):
             ids, log_q, log_tail = (field[part] for field in target)
             peak, packed = how.sweeps.sums(logits, where, inverse[part], labels[part], ids, how.group, how.start)
-            out[0, part], out[1, part], log_mass = log_prob_and_entropy(packed)
-            log_p = packed[:, :k] - log_mass[:, None]
-            # A tail below the smallest number counts as that number: a finite KL and gradient.
-            log_tail_p = packed[:, -3].clamp_min(torch.finfo(packed.dtype).tiny).log() - log_mass
-            out[2, part] = _divergence(log_q, log_p).sum(1) + _divergence(log_tail, log_tail_p)
-            log_normaliser[part] = peak + log_mass
-            tail_ratio[part] = (log_tail - log_tail_p).exp()
-        out[2].masked_fill_(mass == 0, 0)
+            found[:, part] = torch.stack(_of_sums(peak, packed, log_q, log_tail, how.has_target))
+        if how.rows is not None:
+            found.masked_fill_(~how.rows, 0)
+        log_prob, entropy, forward_kl, log_normaliser, mass, tail_ratio = found
+        # After the sweep, which is safe against what is refused: the host then waits for the device once. Triton's
+        # gives NaN for that, and its few numbers are cheaper to look at than all that may be wrong.
+        if how.sweeps is head_torch or not math.isfinite((entropy + mass).sum().item()):
+            _check_values(labels, inverse, target, how.vocabulary, entropy, how.rows)
         ctx.save_for_backward(logits)
         ctx.how = how
+        q = target.log_prob.exp()
         ctx.terms_of = partial(
-            GradientTerms, labels, target.ids, q, mass, tail_ratio, inverse, log_normaliser, out[1].clone()
+            GradientTerms, labels, target.ids, q, mass, tail_ratio, inverse, log_normaliser, entropy.clone()
         )
         ctx.set_materialize_grads(False)
-        return tuple(out if how.rows is None else out.masked_fill_(~how.rows, 0))
+        return log_prob, entropy, forward_kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -208,6 +212,24 @@ class _Head(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
+def _of_sums(
+    peak: torch.Tensor, packed: torch.Tensor, log_q: torch.Tensor, log_tail: torch.Tensor, has_target: bool
+) -> tuple[torch.Tensor, ...]:
+    """Return log-prob, entropy, forward KL, log sum e^z, the target's mass and its tail over p's, each (c,)."""
+    log_prob, entropy, log_mass = log_prob_and_entropy(packed)
+    if not has_target:
+        zero = torch.zeros_like(entropy)
+        return log_prob, entropy, zero, peak + log_mass, zero, zero
+    # A tail below the smallest number counts as that number: a finite KL and gradient.
+    log_tail_p = packed[:, -3].clamp_min(torch.finfo(packed.dtype).tiny).log() - log_mass
+    log_p = torch.cat([packed[:, : log_q.shape[1]] - log_mass[:, None], log_tail_p[:, None]], 1)
+    log_q = torch.cat([log_q, log_tail[:, None]], 1)
+    q = log_q.exp()
+    mass = q.sum(1)
+    divergence = (torch.where(q > 0, q * (log_q - log_p) - q, 0) + log_p.exp()).sum(1).masked_fill(mass == 0, 0)
+    return log_prob, entropy, divergence, peak + log_mass, mass, (log_tail - log_tail_p).exp()
+
+
 def log_prob_and_entropy(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return log-prob of the label, entropy and log sum e^(z - m) from the sums of a sweep, each of shape (c,)."""
     z_label, _, mass, z_mean = packed[:, -4:].unbind(1)
@@ -218,12 +240,6 @@ def log_prob_and_entropy(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def _indices(rows: torch.Tensor) -> torch.Tensor:
     return rows.nonzero()[:, 0]
-
-
-def _divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """Return q log(q / p) - q + p of each outcome, without a NaN where q = 0."""
-    q = log_q.exp()
-    return torch.where(q > 0, q * (log_q - log_p) - q, 0) + log_p.exp()
 
 
 def _check_shapes(logits, labels, temperature, target, rows) -> tuple[int, int]:

@@ -15,8 +15,8 @@ from rapo_verl.method.head_torch import GradientTerms, local_columns
 
 # Warps of a program, and loads of a thread for a block: each is of eight logits, which are 16 bytes in bf16.
 THREADS_OF_WARP = 32
-SUMS_WARPS, SUMS_LOADS = 8, 1
-GRADIENT_WARPS, GRADIENT_LOADS = 8, 1
+SUMS_WARPS, SUMS_LOADS = 4, 1
+GRADIENT_WARPS, GRADIENT_LOADS = 16, 2
 # Below any logit: minus infinity as the first maximum would give inf - inf.
 _LOWEST = tl.constexpr(-1e38)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -42,13 +42,14 @@ def _named_column(ids, at, last, columns, start):
 
 @triton.jit
 def _sums_kernel(
-    logits, rows, inverse, labels, ids, peaks, packed, columns, start, named, row_stride,
+    logits, rows, inverse, labels, ids, peaks, packed, columns, start, vocabulary, named, row_stride,
     THREADS: tl.constexpr, LOADS: tl.constexpr, NAMED: tl.constexpr,
 ):  # fmt: skip
     """Write to peaks (tokens,) and packed (tokens, named + 4) what `sums` returns, of this shard alone."""
     token = tl.program_id(0).to(tl.int64)
-    if tl.load(rows + token) == 0:
-        return
+    if rows is not None:  # noqa: SIM102 - decided when it is compiled
+        if tl.load(rows + token) == 0:
+            return
     row = logits + token * row_stride
     scale = tl.load(inverse + token)
     rate = scale * _LOG2E
@@ -77,7 +78,7 @@ def _sums_kernel(
         p = tl.exp2(x * rate)
         shift = peak - higher
         shrink = tl.exp2(shift * rate)
-        mean = (mean + shift * total) * shrink + _sum_of_thread(x * p)
+        mean = mean * shrink + shift * shrink * total + _sum_of_thread(x * p)
         of_block = _sum_of_thread(p)
         total = total * shrink + of_block
         end = tl.minimum(first + THREADS * LOADS * 8, columns)
@@ -90,20 +91,26 @@ def _sums_kernel(
             of_block = _sum_of_thread(p)
         tail = tail * shrink + of_block
         peak = higher
+    # A thread that has seen no column has the lowest peak, which must meet its zero before it meets a sum.
     top = tl.max(peak, 0)
     shift = peak - top
     shrink = tl.exp2(shift * rate)
     tl.store(peaks + token, top * scale)
     row_packed = packed + token * (named + 4)
-    label = tl.load(labels + token) - start
+    label = tl.load(labels + token)
+    good = (scale > 0) & (scale < float("inf")) & (label >= 0) & (label < vocabulary)
+    label -= start
     inside = (label >= 0) & (label < columns)
     z = (tl.load(row + label, mask=inside, other=0.0).to(scale.dtype) - top) * scale
     tl.store(row_packed + named, tl.where(inside, z, 0.0))
     tl.store(row_packed + named + 1, tl.sum(tail * shrink, 0))
-    tl.store(row_packed + named + 2, tl.sum(total * shrink, 0))
-    tl.store(row_packed + named + 3, tl.sum((mean + shift * total) * shrink, 0) * scale)
+    tl.store(row_packed + named + 3, tl.sum(mean * shrink + shift * shrink * total, 0) * scale)
     name = tl.arange(0, NAMED)
-    column = tl.load(ids + token * named + name, mask=name < named, other=start - 1) - start
+    column = tl.load(ids + token * named + name, mask=name < named, other=0)
+    before = tl.load(ids + token * named + name - 1, mask=(name > 0) & (name < named), other=-1)
+    good &= tl.min(((column > before) & (column < vocabulary) | (name >= named)).to(tl.int32), 0) > 0
+    tl.store(row_packed + named + 2, tl.where(good, tl.sum(total * shrink, 0), float("nan")))
+    column = tl.where(name < named, column - start, -1)
     inside = (column >= 0) & (column < columns)
     z = (tl.load(row + column, mask=inside, other=0.0).to(scale.dtype) - top) * scale
     tl.store(row_packed + name, tl.where(inside, z, 0.0), mask=name < named)
@@ -126,11 +133,12 @@ def _gradient_kernel(
     row, gradient_row = logits + token * row_stride, gradient + token * gradient_row_stride
     kind = gradient.dtype.element_ty
     offset = _columns_of_block(THREADS, LOADS)
-    if tl.load(rows + token) == 0:
-        for first in range(0, columns, THREADS * LOADS * 8):
-            nothing = tl.zeros((LOADS, THREADS, 8), kind)
-            tl.store(gradient_row + first + offset, nothing, mask=first + offset < columns)
-        return
+    if rows is not None:  # noqa: SIM102 - decided when it is compiled
+        if tl.load(rows + token) == 0:
+            for first in range(0, columns, THREADS * LOADS * 8):
+                nothing = tl.zeros((LOADS, THREADS, 8), kind)
+                tl.store(gradient_row + first + offset, nothing, mask=first + offset < columns)
+            return
     scale, normaliser = tl.load(inverse + token), tl.load(log_normaliser + token)
     g1, g2 = tl.load(upstream + token) * scale, tl.load(upstream + tokens + token) * scale
     g3 = tl.load(upstream + 2 * tokens + token) * scale
@@ -172,19 +180,23 @@ def sums(
     group: dist.ProcessGroup | None,
     start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `head_torch.sums` does, for all tokens: those off the mask ``where`` hold anything. Ids ascend."""
+    """Return what `head_torch.sums` does, for all tokens: those off the mask ``where`` hold anything.
+
+    Ids ascend. A token with a label, an id or a temperature that `head` refuses has NaN for the sum over all tokens.
+    """
     (n, columns), k = logits.shape, ids.shape[1]
+    vocabulary = columns * (1 if group is None else dist.get_world_size(group))
     peak, packed = inverse.new_empty(n), inverse.new_empty(n, k + 4)
     settings = {"THREADS": THREADS_OF_WARP * SUMS_WARPS, "LOADS": SUMS_LOADS, "num_warps": SUMS_WARPS}
-    arguments = (inverse, labels, ids, peak, packed, columns, start, k, logits.stride(0))
+    arguments = (inverse, labels, ids, peak, packed, columns, start, vocabulary, k, logits.stride(0))
     _launch(_sums_kernel, logits, where, k, settings, arguments)
     if group is not None:
         own = peak.clone()
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
         # From this shard's maximum to that of all.
         shift = (own - peak)[:, None]
-        packed[:, -1:] += shift * packed[:, -2:-1]
         packed[:, -3:] *= shift.exp()
+        packed[:, -1:] += shift * packed[:, -2:-1]
         packed[:, :-3] += shift * local_columns(torch.cat([ids, labels[:, None]], 1), start, columns)[1]
         dist.all_reduce(packed, group=group)
     return peak, packed
@@ -209,7 +221,7 @@ def write_gradient(
 def _launch(
     kernel, logits: torch.Tensor, where: slice | torch.Tensor, k: int, settings: dict, arguments: tuple
 ) -> None:
-    rows = where if isinstance(where, torch.Tensor) else logits.new_ones(len(logits), dtype=torch.bool)
+    rows = where if isinstance(where, torch.Tensor) else None
     # Where the logits are, which may not be the current device.
     with torch.cuda.device_of(logits):
         kernel[(len(logits),)](logits, rows, *arguments, NAMED=triton.next_power_of_2(max(k, 1)), **settings)

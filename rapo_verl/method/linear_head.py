@@ -58,19 +58,21 @@ def linear_head(
     start = 0 if group is None else weight.shape[0] * dist.get_rank(group)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     inverse = inverse_of(temperature, n, dtype, hidden.device)
-    index = torch.arange(n, device=hidden.device) if rows is None else rows.nonzero()[:, 0]
     out = inverse.new_zeros(2, n)
-    most = chunk_size(len(index), weight.shape[0])
-    memory = hidden.new_empty(min(most, len(index)), weight.shape[0])
-    for chunk in index.split(most):
-        logits = torch.mm(hidden[chunk], weight.T, out=memory[: len(chunk)])
+    counted = slice(None) if rows is None else rows.nonzero()[:, 0]
+    hidden, own_inverse, own_labels = hidden[counted], inverse[counted], labels[counted]
+    most = chunk_size(len(hidden), weight.shape[0])
+    memory = hidden.new_empty(min(most, len(hidden)), weight.shape[0])
+    packed = [inverse.new_empty(0, 4)]
+    for first in range(0, len(hidden), most):
+        chunk = slice(first, first + most)
+        logits = torch.mm(hidden[chunk], weight.T, out=memory[: len(hidden[chunk])])
         how = How(None, group, start, sweeps_for(logits, 0))
         for part, where in how.chunks(logits):
-            token = chunk[part]
-            _, packed = how.sweeps.sums(
-                logits, where, inverse[token], labels[token], labels.new_empty(len(token), 0), group, start
-            )
-            out[:, token] = torch.stack(log_prob_and_entropy(packed)[:2])
+            label = own_labels[chunk][part]
+            none = label.new_empty(len(label), 0)
+            packed.append(how.sweeps.sums(logits, where, own_inverse[chunk][part], label, none, group, start)[1])
+    out[:, counted] = torch.stack(log_prob_and_entropy(torch.cat(packed))[:2])
     problems = {
         "row %d has a label outside the vocabulary": (labels < 0) | (labels >= weight.shape[0] * size),
         "row %d has a temperature that is not positive and finite": ~(torch.isfinite(inverse) & (inverse > 0)),

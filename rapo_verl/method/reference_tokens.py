@@ -110,8 +110,8 @@ def reference_tokens(
         logits.new_zeros(n, len(nodes), dtype=dtype),
     )
     for where in index.split(chunk_rows or chunk_size(n, columns, logits.device)):
-        z = logits[where] * inverse[where, None]
-        for field, value in zip(out, _chunk(z, labels[where], k, nodes, group, columns * rank)):
+        told = _chunk(logits[where], inverse[where, None], labels[where], k, nodes, group, columns * rank)
+        for field, value in zip(out, told):
             field[where] = value.to(field.dtype)
     bad = ~torch.isfinite(out.log_prob).all(1) & torch.isin(torch.arange(n, device=index.device), index)
     if bad.any():
@@ -120,15 +120,25 @@ def reference_tokens(
 
 
 def _chunk(
-    z: torch.Tensor, labels: torch.Tensor, k: int, nodes: tuple[float, ...], group: dist.ProcessGroup | None, start: int
+    x: torch.Tensor,
+    inverse: torch.Tensor,
+    labels: torch.Tensor,
+    k: int,
+    nodes: tuple[float, ...],
+    group: dist.ProcessGroup | None,
+    start: int,
 ) -> ReferenceTokens:
-    """Return the same for scaled logits z (c, columns), of which the first is ``start`` of the vocabulary; eats z."""
-    peak = z.amax(-1)
+    """Return the same for logits x (c, columns), from ``start`` of the vocabulary on, and 1 / T, shape (c, 1)."""
+    # By the logits as they are: a temperature keeps their order, and a GPU selects in bf16 in half the passes of fp32.
+    top, ids = x.topk(min(k, x.shape[1]), 1)
+    log_prob = top * inverse
+    peak = log_prob[:, :1].clone()
+    # Or a token that is never drawn would pass; NaN and plus infinity stand first among the largest.
+    log_prob.masked_fill_((x.amin(1) == -torch.inf)[:, None], torch.nan)
     if group is not None:
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-    z -= peak[:, None]
-    # An infinity would pass for a token that is never or always drawn.
-    log_prob, ids = torch.where(torch.isfinite(z).all(1, keepdim=True), z, torch.nan).topk(min(k, z.shape[1]), 1)
+    log_prob -= peak
+    z = (x * inverse).sub_(peak)
     ids = ids + start
     if group is not None:
         log_prob, ids = (_gathered(x, group) for x in (log_prob, ids))
