@@ -141,6 +141,25 @@ def test_flipped_byte_is_found_by_verify_and_not_by_size(tmp_path):
     assert found.complete and "rank_0.pt is damaged" in damage(found)[0]
 
 
+@pytest.mark.parametrize("name", ["__0_0.distcp", "model.safetensors", "common.bin"])
+def test_flipped_byte_of_a_file_without_checksums_of_its_own_is_found(tmp_path, name):
+    folder = make(tmp_path, 2, whole=False)
+    (folder / "actor" / name).write_bytes(bytes(1000))
+    finish(folder, 2, WANTED)
+    (found,) = read_checkpoints(tmp_path)
+    assert damage(found) == [] and checkpoints.unread(found) == 0
+    (folder / "actor" / name).write_bytes(bytes(999) + b"1")
+    assert f"{name} is damaged" in damage(found)[0]
+    found.manifest.pop("crc32")  # as an older version saved it
+    assert damage(found) == [] and checkpoints.unread(found) == 1
+
+
+def test_retention_of_none_or_less_keeps_all_as_verl_does(tmp_path):
+    for step in (2, 4):
+        make(tmp_path, step)
+    assert retain(tmp_path, -1, never=0) == retain(tmp_path, 0, never=0) == []
+
+
 def test_identity_changes_with_model_data_and_world(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "train.parquet").write_bytes(b"1")

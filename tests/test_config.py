@@ -9,8 +9,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 
 from rapo_verl.method.config import ESTIMATORS, PHI_SHAPES, READINGS, RapoConfig, rapo_config_from
+from rapo_verl.run.combinations import refused_combinations
 from rapo_verl.run.compose import compose_config, experiments, recipe_dir
-from rapo_verl.run.modes import problems_of_mode
 
 
 def node(**changes) -> dict:
@@ -285,19 +285,25 @@ def test_baseline_differs_from_rapo_in_the_method_only():
 # --- trainers ---
 
 
+def problems_of_mode(config) -> list[str]:
+    return refused_combinations(config, None, {})
+
+
 @pytest.mark.parametrize("mode", ["sync", "rapo_sync", "colocate_async", "rapo_colocate_async"])
 def test_trainer_takes_its_samples_through_the_buffer_of_its_kind(mode):
     buffers = ("StrictReplayBuffer", "StrictReplayBufferAsync")
     right, wrong = reversed(buffers) if mode.endswith("_async") else buffers
-    named = [f"trainer.v1.trainer_mode={mode}", "trainer.v1.sampler.custom_sampler.name="]
-    assert problems_of_mode(compose_config([named[0], named[1] + right])) == []
-    (problem,) = problems_of_mode(compose_config([named[0], named[1] + wrong]))
+    group, mode = "actor_rollout_ref.rollout.n=8", f"trainer.v1.trainer_mode={mode}"
+    sampler = "trainer.v1.sampler.custom_sampler.name="
+    assert problems_of_mode(compose_config([group, mode, sampler + right])) == []
+    (problem,) = problems_of_mode(compose_config([group, mode, sampler + wrong]))
     assert wrong in problem and right in problem
 
 
 def test_unknown_trainer_is_refused_with_those_there_are():
-    (problem,) = problems_of_mode(compose_config(["trainer.v1.trainer_mode=rapo_async"]))
-    assert "'rapo_async'" in problem and "colocate_async" in problem and "separate_async" in problem
+    problems = problems_of_mode(compose_config(["trainer.v1.trainer_mode=rapo_async", "actor_rollout_ref.rollout.n=8"]))
+    (problem,) = [problem for problem in problems if "'rapo_async'" in problem]
+    assert "colocate_async" in problem and "separate_async" in problem
 
 
 def test_separate_sampling_is_refused_without_gpus_of_its_own():

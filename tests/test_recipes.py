@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from torch.distributed import destroy_process_group, init_process_group
 from transformers import Qwen2Config
 
+from rapo_verl import Refused
 from rapo_verl.data.chat import messages
 from rapo_verl.data.prepare import SCHEMA
 from rapo_verl.method.config import rapo_config_from
@@ -75,7 +76,7 @@ def test_recipe_passes_every_check_and_the_dry_run(name, stand_ins, capsys):
         assert len(found) == 1 and "rapo reference-answers FOLDER" in found[0]
         return
     assert found == []
-    assert show_dry_run(config)
+    show_dry_run(config)
     said = capsys.readouterr().out
     assert "data.train_files: 1024 rows" in said and "data.val_files: 4 rows" in said
     assert "fits, with more than 10% of the card to spare" in said
@@ -129,7 +130,8 @@ def test_dry_run_starts_nothing_and_exits_by_the_plan(stand_ins):
 
 def test_prompt_over_the_limit_fails_the_dry_run(stand_ins, capsys):
     config = compose_config(["experiment=qwen2.5_7b_rapo", *stand_ins, "data.max_prompt_length=16"])
-    assert not show_dry_run(config)
+    with pytest.raises(Refused, match="longest prompt has"):
+        show_dry_run(config)
 
 
 STOP_IDS = """

@@ -40,6 +40,14 @@ def test_deadline_leaves_room_for_a_step_a_save_and_the_margin():
     assert "might take 205 s" in stopping.reason()
 
 
+def test_deadline_leaves_room_for_a_validation():
+    stopping = Stopping(None, time.time() + 200, margin=90)
+    stopping.note(step=70, save=20)
+    assert stopping.reason() is None
+    stopping.note(validation=30)
+    assert "might take 210 s" in stopping.reason()
+
+
 def test_wandb_run_goes_on_under_its_id(toy_dir, tmp_path):
     names = [f"toy_dir={toy_dir}", f"run_dir={tmp_path}"]
     config = compose_config(["experiment=toy_rapo_cpu", *names, "trainer.logger=[wandb]"])

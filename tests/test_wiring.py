@@ -42,8 +42,8 @@ from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
 
+from rapo_verl.run.combinations import MODES
 from rapo_verl.run.compose import compose_config
-from rapo_verl.run.modes import MODES
 from rapo_verl.training.guards import GuardMixin
 from rapo_verl.training.plugin import register_trainers
 from rapo_verl.training.rollout import (

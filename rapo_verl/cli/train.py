@@ -23,11 +23,13 @@ def train(
     Example: rapo train experiment=toy_rapo_cpu actor_rollout_ref.actor.optim.lr=1e-4
     """
     from rapo_verl.run.launch import run
-    from rapo_verl.run.preflight import problems_of
+    from rapo_verl.run.preflight import problems_of, too_few_cpus
     from rapo_verl.run.reference_answers import answers_of_run
 
     config = composed(overrides or [])
     problems = problems_of(config)
+    if not dry_run and not problems:
+        problems = too_few_cpus(config)
     if problems:
         raise Refused(problems)
     answers = answers_of_run(config)
@@ -36,7 +38,8 @@ def train(
     if dry_run:
         from rapo_verl.run.dry_run import show_dry_run
 
-        raise typer.Exit(0 if show_dry_run(config) else 1)
+        show_dry_run(config)
+        return
     raise typer.Exit(run(config, verbose=verbose))
 
 

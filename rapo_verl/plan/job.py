@@ -131,6 +131,15 @@ def violations(job: Job, shape: ModelShape) -> list[str]:
     (mini-batch by data parallel) and :666 (GPUs by rollout TP), seqlen_balancing.py (a micro-batch holds a sequence).
     """
     checks = [*_layout_checks(job, shape), *_batch_checks(job)]
+    # veRL 0.9.1 workers/rollout/vllm_rollout/vllm_async_server.py:1107 counts without any stretching of positions.
+    longest = max(job.max_model_len, job.sequence)
+    checks.append(
+        (
+            shape.positions is None or longest <= shape.positions,
+            f"prompt and response, or rollout.max_model_len, take {longest} tokens; the model has {shape.positions} "
+            "positions: lower data.max_response_length, data.max_prompt_length or rollout.max_model_len",
+        )
+    )
     return [message for legal, message in checks if not legal]
 
 

@@ -34,6 +34,7 @@ class ModelShape:
     parameters: int  # of the whole model, a shared head counted once
     layer_parameters: int  # of one layer
     layer_replicated: int  # of these, what tensor parallel does not split: the norms
+    positions: int | None = None  # tokens of the longest sequence that it was made for; None: not said
 
     @property
     def embedding(self) -> int:
@@ -51,8 +52,14 @@ def shape_of(path: str) -> ModelShape:
     from transformers import AutoModelForCausalLM
 
     config = config_of(path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(config, name, 0)]
+    if experts:
+        raise Refused(f"{path} is a mixture of experts ({experts[0]}), which the plan does not know")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        raise Refused(f"{path}: transformers does not build it as a language model ({error})") from error
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layer = {name: count for name, count in counts.items() if name.startswith("model.layers.0.")}
     if not any("self_attn.q_proj" in name for name in layer):
@@ -73,6 +80,7 @@ def shape_of(path: str) -> ModelShape:
         parameters=sum(counts.values()),
         layer_parameters=sum(layer.values()),
         layer_replicated=sum(count for name, count in layer.items() if "norm" in name),
+        positions=getattr(config, "max_position_embeddings", None),
     )
 
 

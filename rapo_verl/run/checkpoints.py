@@ -11,6 +11,8 @@ import re
 import shutil
 import time
 import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +92,20 @@ def finish(folder: Path, step: int, facts: dict[str, Any]) -> None:
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
             sizes[str(path.relative_to(folder))] = path.stat().st_size
-    write_atomic(folder / MANIFEST, json.dumps({"step": step, "time": time.time(), **facts, "files": sizes}, indent=1))
+    # torch's own files hold a checksum of each tensor; Megatron's .distcp, .safetensors and the rest hold none.
+    bare = [name for name in sizes if not name.endswith(".pt")]
+    with ThreadPoolExecutor(8) as pool:
+        sums = dict(zip(bare, pool.map(lambda name: _crc32(folder / name), bare)))
+    manifest = {"step": step, "time": time.time(), **facts, "files": sizes, "crc32": sums}
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _crc32(path: Path) -> int:
+    total = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            total = zlib.crc32(block, total)
+    return total
 
 
 def read_checkpoints(root: Path) -> list[Checkpoint]:
@@ -137,7 +152,17 @@ def damage(checkpoint: Checkpoint) -> list[str]:
             bad = str(error)
         if bad:
             found.append(f"{path.relative_to(checkpoint.folder)} is damaged ({bad})")
+    for name, crc in checkpoint.manifest.get("crc32", {}).items():
+        path = checkpoint.folder / name
+        if path.is_file() and _crc32(path) != crc:
+            found.append(f"{name} is damaged (its checksum differs from the one it was saved with)")
     return found
+
+
+def unread(checkpoint: Checkpoint) -> int:
+    """Return how many files `damage` knows by their size only: an older version saved them without checksums."""
+    sums = checkpoint.manifest.get("crc32", {})
+    return sum(not name.endswith(".pt") and name not in sums for name in checkpoint.manifest.get("files", {}))
 
 
 def choose(root: Path, wanted: dict[str, str]) -> tuple[int, list[str]]:
@@ -254,6 +279,7 @@ def retain(root: Path, keep: int | None, never: int) -> list[int]:
     Counts what is on disk, whoever saved it: veRL counts this process's saves only, and removes before saving.
     """
     whole = [checkpoint for checkpoint in read_checkpoints(root) if checkpoint.complete]
+    keep = max(keep or 0, 0)  # as veRL: none or less than one keeps all
     gone = [checkpoint for checkpoint in whole[: -keep if keep else None] if keep and checkpoint.step != never]
     for checkpoint in gone:
         # By one rename first, so that half a folder is never taken for a checkpoint.

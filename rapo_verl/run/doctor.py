@@ -62,7 +62,9 @@ def _has_gpu() -> bool:
 
 def _python() -> Finding:
     found = sys.version.split()[0]
-    return Finding("python", found, (3, 10) <= sys.version_info[:2] < (3, 13), "veRL 0.9.1 runs on Python 3.10 to 3.12")
+    return Finding(
+        "python", found, (3, 11) <= sys.version_info[:2] < (3, 13), "this project runs on Python 3.11 and 3.12"
+    )
 
 
 def _version(name: str, pin: str | None) -> Finding:
@@ -80,7 +82,10 @@ def _version(name: str, pin: str | None) -> Finding:
 
 
 def _ray() -> Finding:
-    found = importlib.metadata.version("ray")
+    try:
+        found = importlib.metadata.version("ray")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("ray", "missing", False, INSTALL)
     version = tuple(int(part) for part in found.split(".")[:2])
     return Finding("ray", found, version >= MIN_RAY, f"ray >= {'.'.join(map(str, MIN_RAY))} has token authentication")
 

@@ -51,7 +51,9 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+        return Path(
+            snapshot_download(model, allow_patterns=["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"model {model} is neither a folder here nor to be had from the hub ({error})") from error
 

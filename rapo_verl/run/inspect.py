@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from rapo_verl.run.checkpoints import CheckpointError, check, damage, read_checkpoints
+from rapo_verl.run.checkpoints import CheckpointError, check, damage, read_checkpoints, unread
 from rapo_verl.run.export import exported, merge_into
 from rapo_verl.run.names import CHECKPOINTS_DIR, CONFIG_FILE
 
@@ -37,7 +37,9 @@ def show_checkpoints(run: Path, *, verify: bool) -> bool:
         saved = (
             time.strftime("%F %T", time.localtime(checkpoint.manifest.get("time", 0))) if checkpoint.manifest else ""
         )
-        state = "; ".join(problems[:3]) or ("every byte read" if verify else "complete")
+        bare = unread(checkpoint)
+        read = f"read, but {bare} file(s) have no checksum: sizes only" if bare else "every byte read"
+        state = "; ".join(problems[:3]) or (read if verify else "complete")
         world = str(checkpoint.manifest.get("world", ""))
         table.add_row(str(checkpoint.step), saved, f"{checkpoint.size / (1 << 30):.2f}", world, state)
     Console(width=140).print(table)

@@ -248,8 +248,9 @@ def _explain_failure(run_dir: Path, log_path: Path, start: int, code: int) -> No
     failure = run_dir / FAILURE_FILE
     if failure.exists():
         print(f"\nThe reward function raised:\n{failure.read_text()}", file=sys.stderr)
-    with log_path.open("r", errors="replace") as log:
-        log.seek(start)
-        lines = log.read().splitlines()
+    with log_path.open("rb") as log:
+        # Its end is enough: the log of a long run is large.
+        log.seek(max(start, log.seek(0, os.SEEK_END) - (1 << 16)))
+        lines = log.read().decode(errors="replace").splitlines()
     print(f"\nThe run ended with exit code {code}. Last lines of {log_path}:", file=sys.stderr)
     print("\n".join(f"  {line}" for line in lines[-25:]), file=sys.stderr)

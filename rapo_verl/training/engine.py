@@ -27,7 +27,7 @@ from rapo_verl.method.config import FULL_VOCABULARY
 from rapo_verl.method.head import Target, head
 from rapo_verl.method.linear_head import linear_head
 from rapo_verl.method.reference_tokens import phi_nodes, reference_tokens
-from rapo_verl.run.head_config import logit_changes
+from rapo_verl.run.combinations import logit_changes
 
 # The reweighted reference of each response token, jagged (batch, response[, k]): a `Target`.
 FIELDS = ("rapo_ids", "rapo_log_prob", "rapo_log_tail")

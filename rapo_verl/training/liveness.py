@@ -1,5 +1,6 @@
 """Ends a training one of whose actors has died, where veRL would wait for it for ever."""
 
+import logging
 import os
 import sys
 import threading
@@ -7,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
+
+logger = logging.getLogger(__name__)
 
 # Seconds between two looks at whether the run's actors live.
 LIVENESS_SECONDS = 5.0
@@ -42,7 +45,11 @@ def actors_watched(end: Callable[[set[str]], None] = _end) -> Iterator[None]:
         known: set[str] = set()
         missed: set[str] = set()
         while not stop.wait(LIVENESS_SECONDS):
-            alive = set(ray.util.list_named_actors())  # of this job: its namespace is its own
+            try:
+                alive = set(ray.util.list_named_actors())  # of this job: its namespace is its own
+            except ray.exceptions.RayError as error:  # Ray's control store is busy or restarting: look again later
+                logger.warning("the run's actors could not be listed: %s", error)
+                continue
             if gone := missed - alive:
                 end(gone)
                 return

@@ -20,8 +20,8 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from rapo_verl.reward.function import RESPONSE_LIMIT, RESPONSE_TOKENS, TRUNCATED, verdict_metrics
+from rapo_verl.run.combinations import is_async
 from rapo_verl.run.files import write_atomic
-from rapo_verl.run.modes import is_async
 from rapo_verl.run.names import FAILURE_FILE, RUN_DIR_VARIABLE
 from rapo_verl.run.seeds import sampling_seed
 from rapo_verl.training.agent_loop import OneTurnLoop, Together, is_single_turn, queue_row, reward_batch

@@ -66,12 +66,24 @@ class SurvivalMixin(GuardMixin, PPOTrainer):
         for step in retain(root, self._keep, never=self._resumed_step):
             logger.info("removed the checkpoint of step %d", step)
         self._saved_step = self.global_steps
-        self._stopping.note(save=time.monotonic() - started)
+        took = time.monotonic() - started
+        self._stopping.note(save=took)
+        self._step_started += took  # a step's own time is without its save
 
     def on_step_begin(self) -> None:
         """Start the clock of the step."""
         self._step_started = time.monotonic()
         super().on_step_begin()
+
+    def on_validate_begin(self) -> None:
+        """Start the clock of the validation."""
+        self._validation_started = time.monotonic()
+        super().on_validate_begin()
+
+    def on_validate_end(self) -> None:
+        """Remember how long it took: the time budget keeps room for it."""
+        super().on_validate_end()
+        self._stopping.note(validation=time.monotonic() - self._validation_started)
 
     def on_step_end(self) -> None:
         """Save and make this step the last one if the run is to stop."""

@@ -15,7 +15,7 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from rapo_verl.method.passk import pass_at_k
-from rapo_verl.run.modes import MODES
+from rapo_verl.run.combinations import MODES
 from rapo_verl.run.reference_answers import answers_of_run
 from rapo_verl.training.answers import AnswerRows
 from rapo_verl.training.survival import SurvivalMixin

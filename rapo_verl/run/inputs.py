@@ -1,0 +1,216 @@
+"""What a run reads, looked at before anything starts: model, problems with their right answers, the user's own code."""
+
+import ast
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from omegaconf import DictConfig, ListConfig
+
+OUR_REWARD = "pkg://rapo_verl.reward.function"
+# What veRL's data set takes (utils/dataset/rl_dataset.py:173), with the word for it in a message.
+KINDS = {".parquet": "parquet", ".json": "JSON", ".jsonl": "JSON"}
+
+
+def problems_of_model(path: str) -> list[str]:
+    """Return why this is no model to start from; a hub's is asked for its config."""
+    if Path(path).exists():
+        missing = [name for name in ("config.json", "tokenizer_config.json") if not (Path(path) / name).is_file()]
+        return [
+            f"actor_rollout_ref.model.path {path} is no Hugging Face checkpoint: it lacks {', '.join(missing)}; "
+            "give a folder with model, config and tokenizer, or a hub id"
+        ] * bool(missing)
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        return [
+            f"actor_rollout_ref.model.path {path} does not exist; give a checkpoint folder or a hub id (owner/name). "
+            "The toy's is made by `rapo toy make`"
+        ]
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(path, "config.json")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return [
+            f"actor_rollout_ref.model.path {path} is neither a folder here nor to be had from the hub "
+            f"({type(error).__name__}); check the name, your token and the network, or download it first"
+        ]
+    return []
+
+
+def problems_of_code(config: DictConfig) -> list[str]:
+    """Return which of the user's own files or names are not there. They are read, not run."""
+    reward, sampler = config.reward, config.trainer.v1.sampler.custom_sampler
+    places = {
+        "reward.custom_reward_function": reward.custom_reward_function,
+        "data.custom_cls": config.data.custom_cls,
+        "trainer.v1.sampler.custom_sampler": sampler,
+    }
+    if reward.reward_manager.get("source") == "importlib":
+        places["reward.reward_manager.module"] = reward.reward_manager.module
+    return [
+        problem for key, node in places.items() if node.path for problem in _missing(key, str(node.path), node.name)
+    ]
+
+
+def _missing(key: str, path: str, name: str | None) -> list[str]:
+    if path.startswith("pkg://"):
+        module = path.removeprefix("pkg://").replace("/", ".")
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None:
+            return [f"{key}.path is {path}, but there is no module {module} in this Python"]
+        file = Path(spec.origin or "")
+    else:
+        file = Path(path.removeprefix("file://"))
+    if not file.is_file():
+        return [f"{key}.path: {path} does not exist"]
+    if not name:
+        return [f"{key}.name is empty; give the name in {path} that veRL shall take"]
+    if file.suffix != ".py":
+        return []
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        return [f"{key}.path: {path} is no Python ({error})"]
+    names = _names(tree)
+    if name in names or "*" in names:
+        return []
+    return [f"{key}.name is {name!r}, which {path} does not define; it has {', '.join(sorted(names)) or 'nothing'}"]
+
+
+def _names(tree: ast.Module) -> set[str]:
+    """Return what stands at the top of a module, in its branches too; "*" for what only running it would tell."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("globals", "exec", "setattr"):
+            names.add("*")
+    return names
+
+
+def problems_of_data(config: DictConfig) -> list[str]:
+    """Return what is wrong in the files of problems: missing, not readable, too few rows, no chat, no answer."""
+    if config.data.custom_cls.path:
+        return []  # its own reader
+    found = []
+    for key in ("train_files", "val_files"):
+        files = config.data[key]
+        rows = 0
+        for file in files if isinstance(files, list | ListConfig) else [files]:
+            problems, count = _read(f"data.{key}: {file}", Path(str(file)).expanduser(), config)
+            found += problems
+            rows += count
+        batch = config.data.train_batch_size
+        if key == "train_files" and 0 < rows < batch:
+            found.append(
+                f"data.train_files has {rows} rows, fewer than data.train_batch_size ({batch}): "
+                "no batch would ever be full; lower the batch size or add data"
+            )
+    return found
+
+
+def _read(what: str, file: Path, config: DictConfig) -> tuple[list[str], int]:
+    kind = KINDS.get(file.suffix)
+    if not file.is_file():
+        return [f"{what} does not exist; made by `rapo data prepare`, the toy's by `rapo toy make`"], 0
+    wanted = [config.data.prompt_key, config.data.reward_fn_key, "reward_model"]
+    try:
+        if kind == "JSON":
+            table = _read_json(file)
+        else:
+            parquet = pq.ParquetFile(file)
+            there = [name for name in wanted if name in parquet.schema_arrow.names]
+            table = parquet.read(there) if there else parquet.read().slice(0, 0)
+    except (OSError, ValueError, TypeError) as error:
+        return [f"{what} is not a {kind or 'parquet'} file ({str(error)[:200]})"], 0
+    if kind is None:
+        return [f"{what}: veRL reads {', '.join(KINDS)} by the end of the name; rename it"], 0
+    missing = [name for name in wanted if name not in table.column_names]
+    if missing:
+        return [f"{what} lacks the column(s) {', '.join(missing)} that veRL reads"], 0
+    problems = [_chats(what, table[wanted[0]])]
+    problems += _answers(what, table["reward_model"], config.reward.custom_reward_function.path == OUR_REWARD)
+    return [problem for problem in problems if problem], table.num_rows
+
+
+def _read_json(file: Path) -> pa.Table:
+    text = file.read_text(encoding="utf-8-sig")
+    lines = [text] if text.lstrip().startswith("[") else [line for line in text.splitlines() if line.strip()]
+    rows = [json.loads(line) for line in lines]
+    return pa.Table.from_pylist(rows[0] if rows and isinstance(rows[0], list) else rows)
+
+
+def _chats(what: str, prompts: pa.ChunkedArray) -> str:
+    """Return what is wrong with a column of prompts: the template takes a text letter by letter for messages."""
+    kind = prompts.type
+    if not pa.types.is_list(kind) and not pa.types.is_large_list(kind):
+        return (
+            f"{what}: its prompts are of type {kind}, not lists of messages; give "
+            '[{"role": "user", "content": "..."}], as `rapo data prepare` does'
+        )
+    fields = {field.name for field in kind.value_type} if pa.types.is_struct(kind.value_type) else set()
+    if not {"role", "content"} <= fields:
+        return f"{what}: the messages of its prompts have no role and content, but {', '.join(sorted(fields)) or kind}"
+    empty = pc.sum(pc.equal(pc.fill_null(pc.list_value_length(prompts), 0), 0)).as_py()
+    return f"{what}: {empty} prompt(s) without a message" if empty else ""
+
+
+def _answers(what: str, reward_model: pa.ChunkedArray, ours: bool) -> list[str]:
+    """Return what is wrong with the right answers; another reward function than ours may want what it likes."""
+    kind, field = reward_model.type, "reward_model.ground_truth"
+    if not pa.types.is_struct(kind) or kind.get_field_index("ground_truth") < 0:
+        return [f"{what} has no {field}, the right answer that every row needs"]
+    if not ours:
+        return []
+    answers = pc.struct_field(reward_model, "ground_truth")
+    if pa.types.is_null(answers.type):
+        answers = answers.cast(pa.string())
+    if not pa.types.is_string(answers.type) and not pa.types.is_large_string(answers.type):
+        return [f"{what}: {field} is of type {answers.type}; allowed: a text, one answer a row (`rapo data prepare`)"]
+    blank = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(answers, "")), "").combine_chunks()
+    rows = [i for i, is_blank in enumerate(blank.to_pylist()) if is_blank]
+    return [f"{what}: {field} is missing or empty in {len(rows)} row(s), first in {rows[0]}"] if rows else []
+
+
+def prompt_tokens(row: dict[str, Any], config: DictConfig, tokenizer: Any) -> int:
+    """Return the tokens of a row's prompt in the model's chat template."""
+    options = dict(config.data.apply_chat_template_kwargs)
+    chat = row[config.data.prompt_key]
+    return len(tokenizer.apply_chat_template(chat, **{**options, "add_generation_prompt": True, "return_dict": False}))
+
+
+def too_few_that_fit(config: DictConfig) -> list[str]:
+    """Return whether veRL's filter of long prompts leaves less than a batch; reads no further than it must."""
+    data = config.data
+    files = list(data.train_files) if isinstance(data.train_files, list | ListConfig) else [data.train_files]
+    if not data.filter_overlong_prompts or data.custom_cls.path or any(Path(f).suffix != ".parquet" for f in files):
+        return []
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+    fit, rows, shortest = 0, 0, float("inf")
+    for file in files:
+        for batch in pq.ParquetFile(Path(file).expanduser()).iter_batches(1024, columns=[data.prompt_key]):
+            for row in batch.to_pylist():
+                tokens = prompt_tokens(row, config, tokenizer)
+                rows, shortest = rows + 1, min(shortest, tokens)
+                fit += tokens <= data.max_prompt_length
+                if fit >= data.train_batch_size:
+                    return []
+    return [
+        f"data.filter_overlong_prompts leaves {fit} of {rows} prompts at data.max_prompt_length="
+        f"{data.max_prompt_length} (the shortest has {shortest} tokens), fewer than data.train_batch_size "
+        f"({data.train_batch_size}): raise the limit or lower the batch size"
+    ]

@@ -1,0 +1,185 @@
+"""What a single key of a run's config may hold: its type, its bounds, its names.
+
+What keys may not hold together stands in `rapo_verl.run.combinations`.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, TypeAdapter, ValidationError
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+Natural = Annotated[int, Field(ge=0, strict=True)]
+NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+PositiveShare = Annotated[float, Field(gt=0, le=1, strict=True)]
+
+_ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+# veRL divides by these, counts with them or hands them to torch and vLLM; each would fail, or mean nothing, later.
+BOUNDS: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            "data.train_batch_size",
+            "data.max_prompt_length",
+            "data.max_response_length",
+            f"{_ACTOR}.ppo_mini_batch_size",
+            f"{_ACTOR}.ppo_epochs",
+            f"{_ROLLOUT}.n",
+            f"{_ROLLOUT}.val_kwargs.n",
+            f"{_ROLLOUT}.tensor_model_parallel_size",
+            f"{_ROLLOUT}.data_parallel_size",
+            f"{_ROLLOUT}.max_num_seqs",
+            f"{_ROLLOUT}.agent.num_workers",
+            "reward.num_workers",
+            "trainer.nnodes",
+            "trainer.n_gpus_per_node",
+            "trainer.total_epochs",
+            "trainer.v1.separate_async.parameter_sync_step",
+            f"{_ACTOR}.megatron.tensor_model_parallel_size",
+            f"{_ACTOR}.megatron.pipeline_model_parallel_size",
+            f"{_ACTOR}.megatron.context_parallel_size",
+            f"{_ACTOR}.ulysses_sequence_parallel_size",
+        ),
+        Count,
+    ),
+    **dict.fromkeys(
+        (
+            "trainer.total_training_steps",
+            "data.gen_batch_size",
+            "data.val_batch_size",
+            f"{_ROLLOUT}.max_model_len",
+            f"{_ACTOR}.ppo_micro_batch_size_per_gpu",
+            "transfer_queue.backend.SimpleStorage.num_data_storage_units",
+            "ray_kwargs.ray_init.num_cpus",
+        ),
+        Count | None,
+    ),
+    # -1 switches off, as does any number below 1.
+    **dict.fromkeys(("trainer.save_freq", "trainer.test_freq", f"{_ROLLOUT}.top_k"), Whole),
+    "trainer.max_actor_ckpt_to_keep": Whole | None,
+    "data.dataloader_num_workers": Natural,
+    **dict.fromkeys(
+        (
+            f"{_ACTOR}.optim.lr",
+            f"{_ACTOR}.optim.weight_decay",
+            f"{_ACTOR}.entropy_coeff",
+            f"{_ACTOR}.kl_loss_coef",
+            f"{_ACTOR}.clip_ratio",
+            f"{_ACTOR}.clip_ratio_low",
+            f"{_ACTOR}.clip_ratio_high",
+            f"{_ROLLOUT}.val_kwargs.temperature",
+        ),
+        NotNegative,
+    ),
+    f"{_ROLLOUT}.temperature": Positive,
+    f"{_ROLLOUT}.top_p": PositiveShare,
+    "algorithm.gamma": Share,
+    "algorithm.lam": Share,
+    "trainer.v1.sampler.sampler_kwargs.max_failed_share": Share,
+    "survival.max_minutes": Positive | None,
+    "survival.stall_minutes": Positive | None,
+}
+# veRL 0.9.1 trainer/ppo/v1/trainer_base.py:853 logs another one and goes on with a name that it has not got.
+RESUME_MODES = ("auto", "disable", "resume_path")
+# What a key of veRL's config before 0.9 is called now; it still composes, and its trainer never reads it.
+RENAMED = {
+    "custom_reward_function": "reward.custom_reward_function",
+    "sandbox_fusion": "reward.sandbox_fusion",
+    "reward_model.num_workers": "reward.num_workers",
+    "reward_model.reward_manager": "reward.reward_manager.name",
+    "reward_model.reward_loop_source": "reward.reward_manager.source",
+    "reward_model.reward_loop_module_path": "reward.reward_manager.module.path",
+    "reward_model.reward_loop_class_name": "reward.reward_manager.module.name",
+    "reward_model.reward_kwargs": "reward.reward_kwargs",
+    "reward_model.model.path": "reward.reward_model.model_path",
+    "reward_model": "reward.reward_model",
+}
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of everything in a plain config that is no mapping."""
+    if not isinstance(node, dict):
+        yield prefix[:-1], node
+        return
+    for name, child in node.items():
+        yield from leaves(child, f"{prefix}{name}.")
+
+
+def wrong_values(config: DictConfig, defaults: DictConfig) -> dict[str, str]:
+    """Return what is wrong with single values of a resolved config, by key.
+
+    Args:
+        config: of the run.
+        defaults: its experiment without overrides; a number or a switch must stay one.
+    """
+    plain: Any = OmegaConf.to_container(config)
+    known: Any = dict(leaves(OmegaConf.to_container(defaults)))
+    found = {}
+    for key, value in leaves(plain):
+        allowed = BOUNDS.get(key) or _type_of(key, known.get(key))
+        if allowed is not None:
+            try:
+                TypeAdapter(allowed).validate_python(value)
+            except ValidationError as error:
+                said = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors())
+                found[key] = f"{key} is {value!r}; allowed: {', or '.join(said).replace('None', 'null')}"
+    return found
+
+
+def _type_of(key: str, default: Any) -> Any:
+    # `rollout_is_threshold` and its like may be "0.5_2.0"; RAPO's own settings are checked by their dataclass.
+    if default is None or key.startswith(("algorithm.rollout_correction.", "rapo.", "actor_rollout_ref.rapo.")):
+        return None
+    if isinstance(default, bool):
+        return Annotated[bool, Field(strict=True)] | None
+    return Annotated[float, Field(strict=True)] | None if isinstance(default, int | float) else None
+
+
+def wrong_names(config: DictConfig) -> dict[str, str]:
+    """Return the names that veRL does not know, by key. Costs an ``import verl``; veRL's own registries are asked."""
+    import torch
+    from verl.trainer.ppo import core_algos
+    from verl.utils.tracking import Tracking
+    from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    names = {
+        "algorithm.adv_estimator": (algorithm.adv_estimator, core_algos.ADV_ESTIMATOR_REGISTRY),
+        f"{_ACTOR}.policy_loss.loss_mode": (actor.policy_loss.loss_mode, core_algos.POLICY_LOSS_REGISTRY),
+        f"{_ROLLOUT}.name": (config.actor_rollout_ref.rollout.name, dict.fromkeys(n for n, _ in _ROLLOUT_REGISTRY)),
+        "trainer.resume_mode": (config.trainer.resume_mode, RESUME_MODES),
+        **{
+            f"trainer.logger[{i}]": (name, [*Tracking.supported_backend, "tracking"])
+            for i, name in enumerate(config.trainer.logger)
+        },
+    }
+    found = {
+        key: f"{key} is {got!r}; allowed: {', '.join(allowed)}"
+        for key, (got, allowed) in names.items()
+        if got not in allowed
+    }
+    penalties = [(f"{_ACTOR}.kl_loss_type", actor.kl_loss_type)] * bool(actor.use_kl_loss)
+    penalties += [("algorithm.kl_penalty", algorithm.kl_penalty)] * bool(algorithm.use_kl_in_reward)
+    for key, name in penalties:
+        try:
+            core_algos.kl_penalty(torch.zeros(1, 1), torch.zeros(1, 1), name)
+        except (NotImplementedError, AttributeError, TypeError):
+            found[key] = f"{key} is {name!r}, which veRL does not know: k1, k2, k3, abs, low_var_kl, ..."
+    return found
+
+
+def ignored_keys(config: DictConfig) -> list[str]:
+    """Return the settings of older versions of veRL that compose and are never read, each with its new key."""
+    found = []
+    for old in ("custom_reward_function", "reward_model", "sandbox_fusion"):
+        for key, value in leaves(OmegaConf.to_container(config.get(old) or {}), f"{old}."):
+            if value is None or value == {}:
+                continue
+            stem = max((name for name in RENAMED if f"{key}.".startswith(f"{name}.")), key=len)
+            found.append(f"{key} is set, but veRL 0.9.1 does not read it; set {RENAMED[stem]}{key[len(stem) :]}")
+    if not config.trainer.use_v1:
+        found.append("trainer.use_v1 is false, but there is RAPO only in veRL's v1 trainers; leave it true")
+    return found
