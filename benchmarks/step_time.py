@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from rapo_verl.run.launch import read_metrics
+from rapo_verl.run.folder import read_metrics
 
 EXPERIMENTS = {"GRPO": "toy_grpo_cpu", "RAPO": "toy_rapo_cpu"}
 WARM_UP = 4

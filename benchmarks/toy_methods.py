@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rapo_verl.run.files import write_atomic
-from rapo_verl.run.launch import read_metrics
+from rapo_verl.run.folder import read_metrics
 
 PAIRS = ((0, 1), (1, 1), (0, 2))
 KL = "actor_rollout_ref.actor.kl_loss_coef={} actor_rollout_ref.actor.kl_loss_type={}"

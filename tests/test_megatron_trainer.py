@@ -13,7 +13,7 @@ from test_runs import SMALL
 
 from rapo_verl.run.checkpoints import read_checkpoints
 from rapo_verl.run.compose import compose_config
-from rapo_verl.run.launch import read_metrics
+from rapo_verl.run.folder import read_metrics
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("mbridge", reason="mbridge is not installed")

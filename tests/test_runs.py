@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from rapo_verl.cli import app
 from rapo_verl.run.checkpoints import read_checkpoints
-from rapo_verl.run.launch import read_metrics
+from rapo_verl.run.folder import read_metrics
 
 HERE = Path(__file__).parent
 # Small, and reproducible to the bit: one request at a time, so that no batch's composition changes a rounding.

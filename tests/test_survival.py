@@ -111,12 +111,16 @@ def test_dumped_batch_says_rows_tokens_and_text(tmp_path):
 # --- processes ---
 
 
-def test_process_ends_with_its_killed_parent():
+@pytest.mark.parametrize("ignored", [False, True])  # True: as a script's `rapo train &` starts
+def test_process_ends_with_its_killed_parent(ignored):
     child = (
         "import time; from rapo_verl.run.processes import end_with_parent; end_with_parent(); print(1); time.sleep(600)"
     )
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-uc', {child!r}]).wait()"
-    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
+    how = signal.SIG_IGN if ignored else signal.SIG_DFL
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, how)
+    )
     process.stdout.readline()
     (orphan,) = psutil.Process(process.pid).children()
     process.kill()

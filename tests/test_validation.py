@@ -11,7 +11,7 @@ from verl.trainer.ppo.metric_utils import process_validation_metrics
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from rapo_verl.method.passk import pass_at_k
-from rapo_verl.run.launch import read_metrics
+from rapo_verl.run.folder import read_metrics
 from rapo_verl.training.trainer import RapoTrainerSync, validation_pass_at_k
 
 N = 16

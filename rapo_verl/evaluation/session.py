@@ -14,7 +14,7 @@ from rapo_verl.evaluation.prompts import load_prompts
 from rapo_verl.evaluation.spec import SHARD, Plan, Sampling, read_problems
 from rapo_verl.run.doctor import installed
 from rapo_verl.run.export import checkpoint_of, model_sha256, resolve_model
-from rapo_verl.run.launch import git_commit
+from rapo_verl.run.folder import git_commit
 from rapo_verl.run.progress import bar_interval
 
 # What turns a seed into a text, beside the model.

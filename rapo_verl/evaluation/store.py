@@ -1,12 +1,11 @@
 """A folder of samples: a manifest, and one file a shard that appears whole, is checked when read, and never changes."""
 
-import fcntl
 import hashlib
 import io
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from rapo_verl import Refused
 from rapo_verl.evaluation.spec import FORMAT, Plan, Shard
 from rapo_verl.run.files import write_atomic
+from rapo_verl.run.lock import NoLocksHereError, held
 
 logger = logging.getLogger(__name__)
 
@@ -121,12 +121,14 @@ class Store:
     def locked(self, part: tuple[int, int] = (0, 1)) -> Iterator[None]:
         """Hold the folder, or the i-th of ``count`` parts of it, for one generating process."""
         alone = part[1] == 1
-        with (self.folder / ".lock").open("w") as lock, (self.folder / ".lock.{}-{}".format(*part)).open("w") as own:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(held(self.folder / ".lock", shared=not alone))
+                stack.enter_context(held(self.folder / ".lock.{}-{}".format(*part)))
             except BlockingIOError as error:
                 raise Refused(f"another process generates into {self.folder}; wait for it or end it") from error
+            except NoLocksHereError as error:
+                logger.warning("%s: nothing keeps another process from generating into this folder", error)
             # What a killed process was writing, where nobody else can be writing.
             for left in (self.folder / SHARDS).glob("*/.*.tmp") if alone else ():
                 left.unlink()

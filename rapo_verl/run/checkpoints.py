@@ -165,12 +165,13 @@ def unread(checkpoint: Checkpoint) -> int:
     return sum(not name.endswith(".pt") and name not in sums for name in checkpoint.manifest.get("files", {}))
 
 
-def choose(root: Path, wanted: dict[str, str]) -> tuple[int, list[str]]:
+def choose(root: Path, wanted: dict[str, str], *, mend: bool = True) -> tuple[int, list[str]]:
     """Make veRL's tracker name the newest complete checkpoint, and set aside what is newer and incomplete.
 
     Args:
         root: folder of the checkpoints.
         wanted: `identity` of the run.
+        mend: False: only look; nothing is written, renamed or removed.
 
     Returns:
         The step that the run goes on from, 0 for a start, and what there is to say about it.
@@ -194,28 +195,34 @@ def choose(root: Path, wanted: dict[str, str]) -> tuple[int, list[str]]:
             + "; ".join(f"{c.folder.name}: {', '.join(c.problems[:3])}" for c in found)
             + ". Restore the files, or move the folders away to start again"
         )
-    said = []
+    step = whole[-1].step if whole else 0
     if whole:
-        chosen = whole[-1]
-        check(chosen, wanted)
-        if named != str(chosen.step):
-            write_atomic(tracker, str(chosen.step))
-            said.append(f"the tracker named step {named or '(none)'}; the newest complete checkpoint is {chosen.step}")
-    elif tracker.exists():
-        tracker.unlink()
+        check(whole[-1], wanted)
+    if not mend:
+        return step, []
+    said = []
+    if whole and named != str(step):
+        write_atomic(tracker, str(step))
+        said.append(f"the tracker named step {named or '(none)'}; the newest complete checkpoint is {step}")
+    if not whole:
+        tracker.unlink(missing_ok=True)
     for checkpoint in found:
-        if not checkpoint.complete and (not whole or checkpoint.step > whole[-1].step):
+        if not checkpoint.complete and checkpoint.step > step:
             aside = checkpoint.folder.with_name(checkpoint.folder.name + ASIDE)
             shutil.rmtree(aside, ignore_errors=True)
             checkpoint.folder.rename(aside)
             said.append(f"set aside as {aside.name}: {checkpoint.problems[0]}")
     if found and not whole:
         said.append("no checkpoint was ever finished: starting from the first step")
-    return (whole[-1].step if whole else 0), said
+    return step, said
 
 
-def resume_point(config: DictConfig) -> tuple[int, list[str]]:
+def resume_point(config: DictConfig, *, mend: bool = True) -> tuple[int, list[str]]:
     """Return the step that a run goes on from (0: from the start) and what there is to say about it.
+
+    Args:
+        config: of the run.
+        mend: see `choose`.
 
     Raises:
         CheckpointError: there is a checkpoint, but the run may not go on from it.
@@ -225,7 +232,7 @@ def resume_point(config: DictConfig) -> tuple[int, list[str]]:
         return 0, []
     wanted = identity(config)
     if trainer.resume_mode == "auto":
-        return choose(Path(trainer.default_local_dir), wanted)
+        return choose(Path(trainer.default_local_dir), wanted, mend=mend)
     folder = Path(trainer.resume_from_path)
     for checkpoint in read_checkpoints(folder.parent):
         if checkpoint.folder == folder:

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from rapo_verl import Refused
 from rapo_verl.plan.report import show_plan
 from rapo_verl.run.checkpoints import read_checkpoints
-from rapo_verl.run.inputs import prompt_tokens
+from rapo_verl.run.inputs import prompt_tokens, too_few_epochs
 from rapo_verl.run.preflight import cpus_needed
 
 
@@ -41,6 +41,8 @@ def show_dry_run(config: DictConfig) -> None:
             )
         if len(data) < (batch if train else 1):
             problems.append(f"data.{key}: {len(data)} rows are left; {batch if train else 1} are needed")
+        elif train:
+            problems += too_few_epochs(config, len(data))
     if problems:
         raise Refused(problems)
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout

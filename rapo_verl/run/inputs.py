@@ -118,7 +118,23 @@ def problems_of_data(config: DictConfig) -> list[str]:
                 f"data.train_files has {rows} rows, fewer than data.train_batch_size ({batch}): "
                 "no batch would ever be full; lower the batch size or add data"
             )
+        elif key == "train_files" and rows:
+            found += too_few_epochs(config, rows)
     return found
+
+
+def too_few_epochs(config: DictConfig, rows: int) -> list[str]:
+    """Return whether veRL's epochs are over before its steps are: it would end there with code 0 and save nothing."""
+    trainer, most = config.trainer, config.data.train_max_samples
+    an_epoch = (min(rows, most) if most > 0 else rows) // config.data.train_batch_size
+    ends = an_epoch * trainer.total_epochs
+    if not trainer.total_training_steps or ends >= trainer.total_training_steps:
+        return []
+    return [
+        f"trainer.total_epochs={trainer.total_epochs} of {an_epoch} steps each end the run at step {ends}, before "
+        f"trainer.total_training_steps={trainer.total_training_steps}; set trainer.total_epochs="
+        f"{-(-trainer.total_training_steps // max(an_epoch, 1))} or lower the steps"
+    ]
 
 
 def _read(what: str, file: Path, config: DictConfig) -> tuple[list[str], int]:

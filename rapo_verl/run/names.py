@@ -3,6 +3,10 @@
 # Files of a run's folder.
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
+# Each line: when a run went on with another config, from which step, and what of it had changed.
+CHANGES_FILE = "changes.jsonl"
+# Held by the process that trains in the folder.
+LOCK_FILE = ".lock"
 LOG_FILE = "train.log"
 FAILURE_FILE = "reward_failure.txt"
 WANDB_FILE = "wandb_run_id.txt"

@@ -14,15 +14,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from rapo_verl import Refused
 from rapo_verl.method.config import RapoConfig, rapo_config_from
 from rapo_verl.plan.job import job_of, violations
 from rapo_verl.plan.model import config_of, shape_of
 from rapo_verl.reward.function import reward_settings
 from rapo_verl.run import inputs
+from rapo_verl.run.checkpoints import resume_point
 from rapo_verl.run.combinations import refused_combinations
 from rapo_verl.run.compose import compose_config
+from rapo_verl.run.folder import changes_of
 from rapo_verl.run.reference_answers import problems_of_answers
-from rapo_verl.run.values import ignored_keys, wrong_names, wrong_values
+from rapo_verl.run.values import RESUME_MODES, ignored_keys, wrong_names, wrong_values
 
 # Free disk below which a run is not started, in bytes.
 MIN_FREE_DISK = 1 << 30
@@ -55,7 +58,8 @@ def problems_of(config: DictConfig) -> list[str]:
     found = [*wrong.values(), *ignored_keys(config), *ours, *model, *inputs.problems_of_code(config)]
     found += [problem for problem in together if not words.search(problem)]
     found += problems_of_answers(config) if rapo is not None else []
-    found += _run_dir(config) + _resume(config) + _secrets(config)
+    found += _run_dir(config) + _secrets(config)
+    found += _going_on(config, whole=not model and not data)
     return found + ([] if wrong else _verls_own(config))
 
 
@@ -99,13 +103,22 @@ def _run_dir(config: DictConfig) -> list[str]:
     return []
 
 
-def _resume(config: DictConfig) -> list[str]:
-    """Return why there is nothing to resume from; whether it may be is `rapo_verl.run.checkpoints`' to say."""
-    if config.trainer.resume_mode != "resume_path":
-        return []
+def _going_on(config: DictConfig, *, whole: bool) -> list[str]:
+    """Return why the run may not go on from what its folder holds.
+
+    Args:
+        config: of the run.
+        whole: whether its model and data are there, which a checkpoint is compared with.
+    """
     path = config.trainer.resume_from_path
-    if not path or "global_step_" not in str(path) or not Path(path).is_dir():
+    if config.trainer.resume_mode == "resume_path" and not (path and "global_step_" in path and Path(path).is_dir()):
         return [f"trainer.resume_from_path is {path}; resume_mode=resume_path wants a folder .../global_step_N"]
+    try:
+        changes_of(config)
+        if whole and config.trainer.resume_mode in RESUME_MODES:
+            resume_point(config, mend=False)
+    except Refused as error:
+        return list(error.problems)
     return []
 
 

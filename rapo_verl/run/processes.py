@@ -32,6 +32,8 @@ def adopt_orphans() -> None:
 
 def end_with_parent() -> None:
     """Have the kernel interrupt this process when its parent ends, however it ends."""
+    # A script's `rapo train &` starts with SIGINT ignored, and so would everything below it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 

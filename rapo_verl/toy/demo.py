@@ -20,7 +20,8 @@ from rapo_verl.report.page import print_table, write_report
 from rapo_verl.report.statistics import Numbers
 from rapo_verl.run.compose import compose_or_refuse
 from rapo_verl.run.files import write_atomic
-from rapo_verl.run.launch import read_metrics, run
+from rapo_verl.run.folder import read_metrics
+from rapo_verl.run.launch import run
 from rapo_verl.run.names import CONFIG_FILE, ENVIRONMENT_FILE
 from rapo_verl.run.preflight import problems_of
 from rapo_verl.toy.exact import success_probabilities

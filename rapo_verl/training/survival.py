@@ -9,8 +9,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
+from rapo_verl import Refused
 from rapo_verl.run.checkpoints import CheckpointError, finish, identity, need_room, retain
 from rapo_verl.run.files import write_atomic
+from rapo_verl.run.inputs import too_few_epochs
 from rapo_verl.run.names import RESUME_VARIABLE, STOPPED_FILE
 from rapo_verl.run.stopping import Stopping
 from rapo_verl.training.guards import GuardMixin
@@ -37,6 +39,10 @@ class SurvivalMixin(GuardMixin, PPOTrainer):
 
     def fit(self, agent_loop_manager: Any) -> None:
         """Train as veRL does; the run ends when one of its actors has died."""
+        # verl 0.9.1 trainer/ppo/v1/trainer_base.py:467: its loop ends with the epochs, too, and saves nothing then.
+        # What the filter of the data leaves is known only here.
+        if problems := too_few_epochs(self.config, len(self.train_dataset)):
+            raise Refused(problems)
         with actors_watched():
             super().fit(agent_loop_manager)
 

@@ -9,7 +9,7 @@ import pytest
 from harness import CLONE
 
 from rapo_verl.run.checkpoints import read_checkpoints
-from rapo_verl.run.launch import read_metrics
+from rapo_verl.run.folder import read_metrics
 
 pytestmark = pytest.mark.slurm
 
