@@ -142,7 +142,9 @@ def test_a_run_that_goes_on_notes_what_has_changed(tmp_path):
 
 def test_another_run_s_folder_and_what_differs_are_named(tmp_path):
     enter(config_in(tmp_path), {}, 0)
-    with pytest.raises(RunFolderError, match=r"1 key\(s\) that decide on what is learnt:\n  data.seed: 1 there, 2 here"):
+    with pytest.raises(
+        RunFolderError, match=r"1 key\(s\) that decide on what is learnt:\n  data.seed: 1 there, 2 here"
+    ):
         changes_of(config_in(tmp_path, "data.seed=2"))
 
 
