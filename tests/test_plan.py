@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from typer.testing import CliRunner
 
 from rapo_verl.cli import app
-from rapo_verl.plan.cost import GPUS, Assumed, cost, forward_flops
+from rapo_verl.plan.cost import GPUS, Assumed, card, cost, forward_flops
 from rapo_verl.plan.job import job_of, violations
 from rapo_verl.plan.memory import GIB, HEAD, activations, kv_bytes, layer_activation, memory, rank_parameters
 from rapo_verl.plan.model import PUBLISHED, shape_of
@@ -231,6 +231,123 @@ def test_gradient_checkpointing_keeps_the_input_of_each_layer(job):
     assert activations(shape, small, stage=0) - block == boundaries
 
 
+# --- LoRA ---
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]])
+def test_adapters_have_as_many_parameters_as_peft_makes(tmp_path, targets):
+    tiny = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    tiny.save_pretrained(tmp_path)
+    made = peft.get_peft_model(Qwen2ForCausalLM(tiny), peft.LoraConfig(r=4, target_modules=targets))
+    config = compose_config(["experiment=qwen2.5_7b_rapo_fsdp2"])
+    model = config.actor_rollout_ref.model
+    model.path, model.lora_rank, model.target_modules = str(tmp_path), 4, targets
+    job = job_of(config)
+    assert trained_parameters(shape_of(str(tmp_path)), job) == made.get_nb_trainable_parameters()[0]
+    made.save_pretrained(tmp_path / "adapter")
+    model.lora_rank, model.lora_adapter_path = 0, str(tmp_path / "adapter")
+    assert job_of(config).lora.rank == 4
+    assert trained_parameters(shape_of(str(tmp_path)), job_of(config)) == trained_parameters(shape_of(str(tmp_path)), job)
+
+
+@pytest.mark.parametrize("experiment", ["qwen2.5_7b_rapo_fsdp2", "qwen2.5_7b_rapo"])
+def test_lora_keeps_the_weights_and_little_else(shape, experiment):
+    config = compose_config([f"experiment={experiment}"])
+    full = memory(shape, job_of(config), gpu_bytes=H100.memory_gib * GIB)
+    config.actor_rollout_ref.model.lora_rank = config.actor_rollout_ref.model.lora.rank = 16
+    job = job_of(config)
+    held = memory(shape, job, gpu_bytes=H100.memory_gib * GIB)
+    share = trained_parameters(shape, job) / shape.parameters
+    assert share == pytest.approx(40_370_176 / shape.parameters)  # rank 16 on the seven maps of 28 layers
+    assert held.weights == full.weights and held.reference == 0
+    assert held.gradients == full.gradients * share and held.optimizer == full.optimizer * share
+    price, whole = (cost(shape, j, H100, Assumed(), kv_tokens=500_000) for j in (job, replace(job, lora=None)))
+    assert price.update_flops == whole.update_flops - whole.forward_flops and price.checkpoint < whole.checkpoint
+
+
+def test_weights_kept_in_half_precision_take_half(shape):
+    config = compose_config(["experiment=qwen2.5_7b_rapo_fsdp2"])
+    whole = memory(shape, job_of(config), gpu_bytes=H100.memory_gib * GIB)
+    config.actor_rollout_ref.actor.fsdp_config.model_dtype = "bf16"
+    half = memory(shape, job_of(config), gpu_bytes=H100.memory_gib * GIB)
+    assert (half.weights, half.optimizer) == (whole.weights / 2, whole.optimizer / 2)
+
+
+# --- other models, other cards ---
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("phi3", None),
+        ("llama", None),
+        ("qwen3", None),
+        ("gemma2", None),
+        ("olmo2", None),
+        ("gpt_neox", None),
+        ("qwen3_moe", "mixture of experts"),
+        ("mixtral", "mixture of experts"),
+        ("gpt2", "dense decoders"),
+        ("mamba", "dense decoders"),
+        ("bert", ""),
+    ],
+)
+def test_dense_decoders_are_planned_and_others_refused_with_the_reason(tmp_path, kind, said):
+    special = {} if kind in ("gpt2", "mamba") else {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    AutoConfig.for_model(kind, **SMALL, **special).save_pretrained(tmp_path)
+    if said is not None:
+        with pytest.raises(Refused, match=said):
+            shape_of(str(tmp_path))
+        return
+    shape = shape_of(str(tmp_path))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.layers == 2 and 0 < 2 * shape.layer_parameters < shape.parameters
+    assert 0 < shape.layer_replicated < shape.layer_parameters and len(shape.linears) >= 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "memory_gib", "tflops"),
+    [
+        ("81559, NVIDIA H100 80GB HBM3", 79.6, 989),
+        ("143771, NVIDIA H200\n143771, NVIDIA H200", 140.4, 989),
+        ("40960, NVIDIA A100-SXM4-40GB", 40.0, 312),
+        ("24564, NVIDIA GeForce RTX 4090", 24.0, 165),
+        ("46068, NVIDIA L40S", 45.0, 362),
+        ("16384, Some card of 2031", 16.0, None),
+        ("81559, NVIDIA H100 80GB HBM3\n24564, NVIDIA GeForce RTX 4090", 24.0, 165),
+    ],
+)
+def test_plan_takes_the_card_that_is_there(tmp_path, monkeypatch, config, capsys, answer, memory_gib, tflops):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{answer}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    show_plan(config, as_json=True)
+    gpu = json.loads(capsys.readouterr().out)["gpu"]
+    assert gpu["memory_gib"] == pytest.approx(memory_gib, rel=0.01) and gpu["tflops"] == tflops
+    show_plan(config)
+    text = capsys.readouterr().out
+    assert "the card here" in " ".join(text.split()) and ("not known for this card" in text) == (tflops is None)
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo No devices were found", "exec sleep 60"])
+def test_without_a_card_that_answers_an_h100_is_planned_and_said(tmp_path, monkeypatch, script):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("rapo_verl.plan.cost.SMI_SECONDS", 0.5)
+    assert card(None).memory_gib == 79.6 and "no card here" in card(None).name
+    assert card("H200").memory_gib == 140.4
+
+
 # --- cost ---
 
 
@@ -322,9 +439,9 @@ def test_hint_stays_on_the_same_cards_where_offload_is_enough(config):
 
 def test_cli_prints_json_and_exits_by_whether_it_fits():
     runner = CliRunner()
-    done = runner.invoke(app, ["plan", "qwen2.5_7b_rapo", "--gpus", "16", "--json"])
+    done = runner.invoke(app, ["plan", "qwen2.5_7b_rapo", "--gpus", "16", "--gpu", "h100", "--json"])
     said = json.loads(done.stdout)
     assert done.exit_code == 0 and said["fits"] and said["job"]["gpus"] == 16
-    assert runner.invoke(app, ["plan", "qwen2.5_7b_rapo", "--gpus", "2"]).exit_code == 1
+    assert runner.invoke(app, ["plan", "qwen2.5_7b_rapo", "--gpus", "2", "--gpu", "h100"]).exit_code == 1
     assert runner.invoke(app, ["plan", "qwen2.5_7b_rapo", "--gpu", "tpu"]).exit_code == 2
     assert runner.invoke(app, ["plan", "no_such_recipe"]).exit_code == 2

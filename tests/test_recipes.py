@@ -56,6 +56,7 @@ def model_and_data_stand_ins(tmp_path_factory) -> list[str]:
         pq.write_table(pa.Table.from_pylist([row] * rows, schema=SCHEMA), folder / f"{name}.parquet")
     return [
         f"actor_rollout_ref.model.path={folder / 'model'}", f"data_dir={folder}", f"run_dir={folder / 'run'}",
+        "trainer.total_epochs=100",  # of one step each
     ]  # fmt: skip
 
 

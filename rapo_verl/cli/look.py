@@ -16,7 +16,7 @@ def plan(
     recipe: Annotated[str, typer.Argument(help="name of an experiment")],
     overrides: Annotated[list[str] | None, typer.Argument(help="any key=value, as for `rapo train`")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="how many; default: the recipe's")] = None,
-    gpu: Annotated[str, typer.Option(help="h100, h200, a100, a100-40, l40s or rtx4090")] = "h100",
+    gpu: Annotated[str | None, typer.Option(help="h100, a100-40, rtx4090, ...; default: the card here")] = None,
     response: Annotated[int, typer.Option(min=1, help="mean tokens of a response, for the times")] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:

@@ -1,30 +1,74 @@
 """Tokens, FLOPs, expected seconds and checkpoint bytes of a step; nobody has measured the seconds."""
 
-from dataclasses import dataclass
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
 
+from rapo_verl import Refused
 from rapo_verl.plan.job import Job
-from rapo_verl.plan.memory import OPTIMIZER_BYTES, kv_bytes
+from rapo_verl.plan.memory import OPTIMIZER_BYTES, kv_bytes, trained_parameters
 from rapo_verl.plan.model import ModelShape
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card as its data sheet gives it: usable GiB, dense bf16 TFLOP/s, TB/s of its memory."""
+    """A card as its data sheet gives it: usable GiB, dense bf16 TFLOP/s, TB/s of its memory (NaN: not known)."""
 
     memory_gib: float
-    tflops: float
-    bandwidth: float
+    tflops: float = math.nan
+    bandwidth: float = math.nan
+    name: str = ""
 
 
 # NVIDIA data sheets; memory as the driver reports it.
 GPUS = {
     "h100": Gpu(79.6, 989, 3.35),
     "h200": Gpu(140.4, 989, 4.8),
+    "h20": Gpu(95.6, 148, 4.0),
     "a100": Gpu(79.3, 312, 2.04),
     "a100-40": Gpu(39.4, 312, 1.56),
     "l40s": Gpu(44.7, 362, 0.86),
+    "a10": Gpu(22.1, 125, 0.6),
     "rtx4090": Gpu(23.6, 165, 1.01),
 }
+SMI_SECONDS = 20
+
+
+def card(name: str | None) -> Gpu:
+    """Return the card of that name, else this machine's, else an H100.
+
+    Raises:
+        Refused: no card is known by that name.
+    """
+    if name is None:
+        return _card_here() or replace(GPUS["h100"], name="H100: there is no card here, --gpu takes another")
+    if name.lower() not in GPUS:
+        raise Refused(f"unknown gpu {name!r}; allowed: {', '.join(GPUS)}")
+    return replace(GPUS[name.lower()], name=name)
+
+
+def _card_here() -> Gpu | None:
+    """Return the smallest card of this machine, its memory as its driver says; None without one that answers."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    query = [smi, "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            said, _ = process.communicate(timeout=SMI_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return None
+    rows = [line.split(", ", 1) for line in said.splitlines()]
+    cards = [(int(row[0]), row[1]) for row in rows if len(row) == 2 and row[0].isdigit()]
+    if not cards:
+        return None
+    mib, name = min(cards)
+    words = re.findall(r"[a-z]*\d+[a-z]*", name.lower())
+    known = next((gpu for key, gpu in GPUS.items() if key.removeprefix("rtx") in words), Gpu(0))
+    return replace(known, memory_gib=mib / 1024, name=f"{name}, the card here")
 
 
 @dataclass(frozen=True)
@@ -77,13 +121,16 @@ def cost(shape: ModelShape, job: Job, gpu: Gpu, assumed: Assumed, *, kv_tokens: 
     length = assumed.prompt + min(assumed.response, job.response_tokens)
     tokens = float(responses * length)
     forward = forward_flops(shape, tokens, length)
-    # Backward is twice the forward pass; recomputation adds one.
-    update = forward * (3 if job.recompute_layers is None else 4)
+    # Backward is twice the forward pass, once where nothing but adapters has a gradient; recomputation adds one.
+    update = forward * ((3 if job.lora is None else 2) + (job.recompute_layers is not None))
     speed = job.gpus * gpu.tflops * 1e12 * assumed.mfu
     # Megatron: the HF tree holds the weights (megatron_checkpoint_manager.py:118 of veRL 0.9.1), model and hf_model
-    # being one; FSDP writes fp32 shards with two moments, and bf16 beside them.
-    megatron = job.backend == "megatron"
-    checkpoint = shape.parameters * (2 + OPTIMIZER_BYTES if megatron else 12 + (2 if job.hf_model else 0))
+    # being one; FSDP writes its shards with two moments, and bf16 beside them.
+    trained = trained_parameters(shape, job)
+    if job.backend == "megatron":
+        checkpoint = 2 * shape.parameters + OPTIMIZER_BYTES * trained
+    else:
+        checkpoint = (job.held_bytes + 2 * job.hf_model) * shape.parameters + 2 * job.held_bytes * trained
     return Cost(
         responses=responses,
         tokens=tokens,

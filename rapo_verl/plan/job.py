@@ -1,12 +1,22 @@
 """A run as the plan sees it: the numbers of a resolved config that decide on memory and time, and what is illegal."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from rapo_verl.plan.model import ModelShape
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters: their rank, and the linear maps of a layer that have one (empty: all)."""
+
+    rank: int
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,8 @@ class Job:
     distributed_optimizer: bool
     recompute_layers: int | None  # layers recomputed as one block; None: every activation is kept
     weight_bytes: int  # of a parameter as the forward pass reads it
+    held_bytes: int  # of a parameter as a rank keeps it
+    lora: Lora | None  # None: every parameter is trained
     micro_tokens: int  # of a micro-batch on one rank, as the update and the log-prob passes are cut
     entropy: bool  # whether the update differentiates the entropy
     reference: bool
@@ -73,6 +85,8 @@ def job_of(config: DictConfig, *, gpus: int | None = None) -> Job:
         distributed_optimizer=not megatron or engine.use_distributed_optimizer,
         recompute_layers=_recompute(config, engine, megatron),
         weight_bytes=4 if mixed == "fp32" else 2,
+        held_bytes=2 if megatron or engine.model_dtype in ("bf16", "bfloat16") else 4,
+        lora=_lora(group.model, megatron),
         micro_tokens=_micro_tokens(config),
         entropy=actor.entropy_coeff != 0 or actor.calculate_entropy,
         reference=actor.use_kl_loss,
@@ -93,6 +107,19 @@ def job_of(config: DictConfig, *, gpus: int | None = None) -> Job:
         checkpoints=trainer.max_actor_ckpt_to_keep or 0,
         hf_model="hf_model" in actor.checkpoint.save_contents,
     )
+
+
+def _lora(model: DictConfig, megatron: bool) -> Lora | None:
+    # Megatron's adapters have a node of their own, and its fused maps their own names.
+    adapter = Path(model.lora_adapter_path or "") / "adapter_config.json"
+    if not megatron and model.lora_adapter_path and adapter.is_file():
+        stated = json.loads(adapter.read_text())
+        rank, targets = stated["r"], stated["target_modules"]
+    else:
+        rank = model.lora.rank if megatron else model.lora_rank
+        targets = model.lora.target_modules if megatron else model.target_modules
+    everywhere = isinstance(targets, str) or megatron
+    return Lora(rank, () if everywhere else tuple(targets)) if rank else None
 
 
 def _recompute(config: DictConfig, engine: Any, megatron: bool) -> int | None:

@@ -111,15 +111,26 @@ def kv_bytes(shape: ModelShape, job: Job) -> float:
     return 4 * shape.layers * shape.head_dim * max(shape.kv_heads / job.rollout_tensor, 1)
 
 
+def trained_parameters(shape: ModelShape, job: Job) -> int:
+    """Return how many parameters have gradients and optimizer states: with LoRA those of the adapters alone."""
+    if job.lora is None:
+        return shape.parameters
+    maps = [(i, o) for name, i, o in shape.linears if not job.lora.targets or name in job.lora.targets]
+    return shape.layers * job.lora.rank * sum(i + o for i, o in maps)
+
+
 def _states(shape: ModelShape, job: Job, stage: int) -> tuple[float, float, float, float]:
     """Return bytes of weights, gradients, optimizer states and reference of a rank, all on the GPU."""
+    share = trained_parameters(shape, job) / shape.parameters
+    # With LoRA the reference is the actor without its adapters: no second copy.
+    own_reference = job.reference and job.lora is None
     if job.backend == "megatron":
         count = rank_parameters(shape, tensor=job.tensor, pipeline=job.pipeline, stage=stage)
         shards = job.data * job.context if job.distributed_optimizer else 1
-        reference = 2 * count if job.reference else 0
-        return 2 * count, GRADIENT_BYTES * count, OPTIMIZER_BYTES * count / shards, reference
-    shard = 4 * shape.parameters / job.gpus  # FSDP2 keeps everything in fp32
-    return shard, shard, 2 * shard, (2 * shape.parameters / job.gpus if job.reference else 0)
+        reference = 2 * count if own_reference else 0
+        return 2 * count, GRADIENT_BYTES * count * share, OPTIMIZER_BYTES * count * share / shards, reference
+    shard = job.held_bytes * shape.parameters / job.gpus
+    return shard, shard * share, 2 * shard * share, (2 * shape.parameters / job.gpus if own_reference else 0)
 
 
 def gathered(shape: ModelShape, job: Job) -> tuple[float, float]:
@@ -131,7 +142,8 @@ def gathered(shape: ModelShape, job: Job) -> tuple[float, float]:
         return 0.0, 0.0
     root = shape.parameters - shape.layers * shape.layer_parameters
     forward = job.weight_bytes * (2 * shape.layer_parameters + root)
-    return forward + GRADIENT_BYTES * (shape.layer_parameters + root), forward
+    gradients = GRADIENT_BYTES * (shape.layer_parameters + root)
+    return forward + (gradients if job.lora is None else 0), forward
 
 
 def memory(shape: ModelShape, job: Job, *, gpu_bytes: float) -> Memory:

@@ -1,5 +1,7 @@
 """The shape of a model and its exact parameter counts, from its config alone: nothing is downloaded or allocated."""
 
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ class ModelShape:
     layer_parameters: int  # of one layer
     layer_replicated: int  # of these, what tensor parallel does not split: the norms
     positions: int | None = None  # tokens of the longest sequence that it was made for; None: not said
+    linears: tuple[tuple[str, int, int], ...] = ()  # of one layer: name, features in, features out
 
     @property
     def embedding(self) -> int:
@@ -46,13 +49,14 @@ def shape_of(path: str) -> ModelShape:
     """Return the shape of a published name of PUBLISHED, a checkpoint folder or a hub id.
 
     Raises:
-        Refused: no config there, or a model that is no dense decoder with separate q, k and v.
+        Refused: no config there, or a model that is no dense decoder of equal layers.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     config = config_of(path)
-    experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(config, name, 0)]
+    text = config.get_text_config()
+    experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(text, name, 0)]
     if experts:
         raise Refused(f"{path} is a mixture of experts ({experts[0]}), which the plan does not know")
     try:
@@ -61,26 +65,39 @@ def shape_of(path: str) -> ModelShape:
     except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         raise Refused(f"{path}: transformers does not build it as a language model ({error})") from error
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    layer = {name: count for name, count in counts.items() if name.startswith("model.layers.0.")}
-    if not any("self_attn.q_proj" in name for name in layer):
+    layers: Counter[str] = Counter()
+    for name, count in counts.items():
+        if place := re.match(r"[\w.]*?(?:layers|h|blocks)\.(\d+)\.", name):
+            layers[place[0]] += count
+    if (
+        len(layers) != text.num_hidden_layers
+        or len(set(layers.values())) != 1
+        or not hasattr(text, "intermediate_size")
+    ):
         raise Refused(
-            f"{path}: the plan knows dense decoders laid out as Qwen2's, this is {type(model).__name__}; "
-            "plan it by hand with docs/scaling.md"
+            f"{path}: the plan knows dense decoders of equal layers, which {type(model).__name__} is not; plan it by "
+            "hand with docs/scaling.md"
         )
+    first = next(iter(layers))
     return ModelShape(
         name=path,
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        ffn=config.intermediate_size,
-        vocab=config.vocab_size,
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        ffn=text.intermediate_size,
+        vocab=text.vocab_size,
         tied=config.tie_word_embeddings,
         parameters=sum(counts.values()),
-        layer_parameters=sum(layer.values()),
-        layer_replicated=sum(count for name, count in layer.items() if "norm" in name),
-        positions=getattr(config, "max_position_embeddings", None),
+        layer_parameters=layers[first],
+        layer_replicated=sum(n for name, n in counts.items() if name.startswith(first) and "norm" in name),
+        positions=getattr(text, "max_position_embeddings", None),
+        linears=tuple(
+            (name.rpartition(".")[2], module.in_features, module.out_features)
+            for name, module in model.named_modules()
+            if name.startswith(first) and isinstance(module, torch.nn.Linear)
+        ),
     )
 
 

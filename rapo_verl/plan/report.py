@@ -2,17 +2,18 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from rapo_verl import Refused
-from rapo_verl.plan.cost import GPUS, Assumed, Cost, Gpu, cost
+from rapo_verl.plan.cost import Assumed, Cost, Gpu, card, cost
 from rapo_verl.plan.job import Job, job_of, violations
-from rapo_verl.plan.memory import GIB, Memory, memory
+from rapo_verl.plan.memory import GIB, Memory, memory, trained_parameters
 from rapo_verl.plan.model import ModelShape, shape_of
 
 # A plan "fits" with this share of the card to spare: what is assumed above may be off by that much.
@@ -73,21 +74,26 @@ def _on_the_gpus(job: Job) -> Job:
 
 
 def show_plan(
-    config: DictConfig, *, gpu: str = "h100", gpus: int | None = None, response: int = 1000, as_json: bool = False
+    config: DictConfig, *, gpu: str | None = None, gpus: int | None = None, response: int = 1000, as_json: bool = False
 ) -> bool:
     """Print the plan of a config as tables or JSON and return whether it fits.
 
     Raises:
         Refused: an unknown card, or a model whose shape is not to be had.
     """
-    if gpu not in GPUS:
-        raise Refused(f"unknown gpu {gpu!r}; allowed: {', '.join(GPUS)}")
-    made = plan(config, GPUS[gpu], gpus=gpus, assumed=Assumed(response=response))
+    made = plan(config, card(gpu), gpus=gpus, assumed=Assumed(response=response))
     if as_json:
-        print(json.dumps({**asdict(made), "fits": made.fits, "step_seconds": made.cost.step}, indent=1))
+        told = {**asdict(made), "fits": made.fits, "step_seconds": made.cost.step}
+        print(json.dumps(_without_nan(told), indent=1))
     else:
         print_plan(made, Console())
     return made.fits
+
+
+def _without_nan(told: Any) -> Any:
+    if isinstance(told, dict):
+        return {key: _without_nan(value) for key, value in told.items()}
+    return None if isinstance(told, float) and math.isnan(told) else told
 
 
 def misfits(job: Job, held: Memory, gpu: Gpu) -> list[str]:
@@ -193,10 +199,11 @@ def _nearest_fits(shape: ModelShape, job: Job, gpu: Gpu) -> list[str]:
 def print_plan(made: Plan, console: Console) -> None:
     """Print the plan as tables, what is wrong and what would do last."""
     job, held, price, shape = made.job, made.memory, made.cost, made.shape
+    adapters = f" ({trained_parameters(shape, job):,} in adapters of rank {job.lora.rank})" if job.lora else ""
     console.print(
-        f"[bold]{shape.name}[/bold] {shape.parameters:,} parameters, {job.backend} on {job.gpus} GPUs of "
-        f"{made.gpu.memory_gib} GiB: TP {job.tensor} x PP {job.pipeline} x CP {job.context} x DP {job.data}, "
-        f"rollout TP {job.rollout_tensor} x {max(job.gpus // job.rollout_tensor, 1)} replicas"
+        f"[bold]{shape.name}[/bold] {shape.parameters:,} parameters{adapters}, {job.backend} on {job.gpus} GPUs of "
+        f"{made.gpu.memory_gib:.1f} GiB ({made.gpu.name}): TP {job.tensor} x PP {job.pipeline} x CP {job.context} x "
+        f"DP {job.data}, rollout TP {job.rollout_tensor} x {max(job.gpus // job.rollout_tensor, 1)} replicas"
     )
     table = Table("GiB per GPU", "", title="memory of the fullest rank", title_justify="left")
     rows = ("weights", "gradients", "optimizer", "reference", "gathered", "activations", "head")
@@ -217,8 +224,8 @@ def print_plan(made: Plan, console: Console) -> None:
     )
     table.add_row("FLOPs: a forward pass, the update", f"{price.forward_flops:.2e}, {price.update_flops:.2e}")
     for name in ("generation", "old_log_prob", "reference", "update", "step"):
-        table.add_row(f"{name}, seconds", f"{getattr(price, name):.0f}")
-    table.add_row(f"{job.steps} steps, hours", f"{job.steps * price.step / 3600:.1f}")
+        table.add_row(f"{name}, seconds", f"{getattr(price, name):.0f}".replace("nan", "not known for this card"))
+    table.add_row(f"{job.steps} steps, hours", f"{job.steps * price.step / 3600:.1f}".replace("nan", "not known"))
     table.add_row("a checkpoint, disk for all kept", f"{price.checkpoint / GIB:.0f} GiB, {price.disk / GIB:.0f} GiB")
     console.print(table)
     console.print(

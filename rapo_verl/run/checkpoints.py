@@ -69,9 +69,14 @@ def identity(config: DictConfig) -> dict[str, str]:
             layout = "megatron, any layout"  # what is loaded belongs to none
     return {
         "model": f"{model.path}{model_hash}",
-        "data": " ".join(f"{Path(file).name} {_sha256(Path(file))[:16]}" for file in data),
+        "data": " ".join(_named(Path(file).expanduser()) for file in data),
         "world": layout,
     }
+
+
+def _named(path: Path) -> str:
+    # What data.custom_cls reads need be no file.
+    return f"{path.name} {_sha256(path)[:16]}" if path.is_file() else str(path)
 
 
 def _sha256(path: Path) -> str:
