@@ -4,6 +4,7 @@ import json
 import weakref
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 import yaml
@@ -11,14 +12,25 @@ from omegaconf import OmegaConf
 from torch.distributed import destroy_process_group, init_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
+from rapo_verl import Refused
 from rapo_verl.cli import app
 from rapo_verl.plan.cost import GPUS, Assumed, card, cost, forward_flops
 from rapo_verl.plan.job import job_of, violations
-from rapo_verl.plan.memory import GIB, HEAD, activations, kv_bytes, layer_activation, memory, rank_parameters
+from rapo_verl.plan.memory import (
+    GIB,
+    HEAD,
+    activations,
+    kv_bytes,
+    layer_activation,
+    memory,
+    rank_parameters,
+    trained_parameters,
+)
 from rapo_verl.plan.model import PUBLISHED, shape_of
-from rapo_verl.plan.report import MARGIN, plan
+from rapo_verl.plan.report import MARGIN, plan, show_plan
 from rapo_verl.run.compose import compose_config
 
 H100 = GPUS["h100"]
@@ -203,8 +215,6 @@ def test_head_multiples_are_what_verls_functions_take(tmp_path, monkeypatch):
 
 
 def test_gradient_checkpointing_keeps_the_input_of_each_layer(job):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     layers, hidden, tokens = 6, 32, 40
     config = Qwen2Config(
         vocab_size=64, hidden_size=hidden, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
@@ -250,7 +260,9 @@ def test_adapters_have_as_many_parameters_as_peft_makes(tmp_path, targets):
     made.save_pretrained(tmp_path / "adapter")
     model.lora_rank, model.lora_adapter_path = 0, str(tmp_path / "adapter")
     assert job_of(config).lora.rank == 4
-    assert trained_parameters(shape_of(str(tmp_path)), job_of(config)) == trained_parameters(shape_of(str(tmp_path)), job)
+    assert trained_parameters(shape_of(str(tmp_path)), job_of(config)) == trained_parameters(
+        shape_of(str(tmp_path)), job
+    )
 
 
 @pytest.mark.parametrize("experiment", ["qwen2.5_7b_rapo_fsdp2", "qwen2.5_7b_rapo"])
@@ -301,8 +313,9 @@ SMALL = {
     ],
 )
 def test_dense_decoders_are_planned_and_others_refused_with_the_reason(tmp_path, kind, said):
-    special = {} if kind in ("gpt2", "mamba") else {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    AutoConfig.for_model(kind, **SMALL, **special).save_pretrained(tmp_path)
+    own = {"hidden_size": 768, "num_hidden_layers": 2}
+    sizes = own if kind in ("gpt2", "mamba") else {**SMALL, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    AutoConfig.for_model(kind, **sizes).save_pretrained(tmp_path)
     if said is not None:
         with pytest.raises(Refused, match=said):
             shape_of(str(tmp_path))

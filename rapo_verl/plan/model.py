@@ -69,11 +69,8 @@ def shape_of(path: str) -> ModelShape:
     for name, count in counts.items():
         if place := re.match(r"[\w.]*?(?:layers|h|blocks)\.(\d+)\.", name):
             layers[place[0]] += count
-    if (
-        len(layers) != text.num_hidden_layers
-        or len(set(layers.values())) != 1
-        or not hasattr(text, "intermediate_size")
-    ):
+    equal = len(layers) == text.num_hidden_layers and len(set(layers.values())) == 1
+    if not equal or not all(hasattr(text, name) for name in ("intermediate_size", "num_attention_heads")):
         raise Refused(
             f"{path}: the plan knows dense decoders of equal layers, which {type(model).__name__} is not; plan it by "
             "hand with docs/scaling.md"
