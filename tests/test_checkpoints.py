@@ -8,9 +8,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from rapo_verl import Refused
 from rapo_verl.run import checkpoints
 from rapo_verl.run.checkpoints import (
-    CheckpointError,
     choose,
     damage,
     finish,
@@ -80,13 +80,13 @@ def test_empty_tracker_is_mended(tmp_path):
 def test_tracker_of_a_missing_folder_is_refused(tmp_path):
     make(tmp_path, 2)
     (tmp_path / checkpoints.TRACKER).write_text("8")
-    with pytest.raises(CheckpointError, match=r"names step 8, but .*global_step_8 is gone.*2 are complete"):
+    with pytest.raises(Refused, match=r"names step 8, but .*global_step_8 is gone.*2 are complete"):
         choose(tmp_path, WANTED)
 
 
 def test_nothing_but_damaged_checkpoints_is_refused(tmp_path):
     os.truncate(make(tmp_path, 2) / "actor" / "model_world_size_2_rank_0.pt", 1)
-    with pytest.raises(CheckpointError, match=r"no checkpoint .* is whole"):
+    with pytest.raises(Refused, match=r"no checkpoint .* is whole"):
         choose(tmp_path, WANTED)
     assert (tmp_path / "global_step_2").is_dir()
 
@@ -94,13 +94,13 @@ def test_nothing_but_damaged_checkpoints_is_refused(tmp_path):
 @pytest.mark.parametrize("key", ["model", "data", "world"])
 def test_checkpoint_of_another_run_is_refused(tmp_path, key):
     make(tmp_path, 2)
-    with pytest.raises(CheckpointError, match=f"its {key} is .*, this run's is other"):
+    with pytest.raises(Refused, match=f"its {key} is .*, this run's is other"):
         choose(tmp_path, {**WANTED, key: "other"})
 
 
 def test_shards_that_another_node_wrote_elsewhere_are_missed(tmp_path):
     make(tmp_path, 2, ranks=1)
-    with pytest.raises(CheckpointError, match="1 shards of 2 ranks"):
+    with pytest.raises(Refused, match="1 shards of 2 ranks"):
         choose(tmp_path, WANTED)
 
 
@@ -108,7 +108,7 @@ def test_shards_that_another_node_wrote_elsewhere_are_missed(tmp_path):
 def test_folder_that_others_can_write_is_refused(tmp_path, which):
     folder = make(tmp_path, 2)
     (tmp_path if which == "root" else folder / "actor" / "model_world_size_2_rank_0.pt").chmod(0o777)
-    with pytest.raises(CheckpointError, match="chmod -R go-w"):
+    with pytest.raises(Refused, match="chmod -R go-w"):
         choose(tmp_path, WANTED)
 
 
@@ -127,7 +127,7 @@ def test_save_that_would_fill_the_disk_is_not_begun(tmp_path, monkeypatch):
     checkpoints.need_room(tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(CheckpointError, match=r"No space left .* 0 MiB free.*Step 2 is saved"):
+    with pytest.raises(Refused, match=r"No space left .* 0 MiB free.*Step 2 is saved"):
         checkpoints.need_room(tmp_path)
 
 

@@ -10,10 +10,11 @@ import pytest
 from typer.testing import CliRunner
 from verl.model_merger import base_model_merger
 
+from rapo_verl import Refused
 from rapo_verl.cli.evaluate import PRESETS, app
 from rapo_verl.method.passk import default_ks
 from rapo_verl.run import export as models
-from rapo_verl.run.checkpoints import CheckpointError, finish
+from rapo_verl.run.checkpoints import finish
 from rapo_verl.run.export import checkpoint_of, exported, resolve_model
 from rapo_verl.run.inspect import export_checkpoint
 
@@ -49,7 +50,7 @@ def test_run_folder_stands_for_its_newest_whole_checkpoint(tmp_path):
 def test_run_without_a_whole_checkpoint_is_refused_with_the_reasons(tmp_path):
     folder = save(tmp_path, 3).parent.parent
     (folder / "actor" / "model_world_size_1_rank_0.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint\n.*rank_0.pt is missing"):
+    with pytest.raises(Refused, match=r"no complete checkpoint\n.*rank_0.pt is missing"):
         resolve_model(str(tmp_path))
 
 

@@ -19,12 +19,13 @@ from omegaconf import OmegaConf
 from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, create_rl_sampler
 
+from rapo_verl import Refused
 from rapo_verl.reward.verdict import VerifierSettings
 from rapo_verl.run import launch, lock
 from rapo_verl.run.compose import compose_config
-from rapo_verl.run.folder import MAY_DIFFER, RunFolderError, changes_of, differences, enter
+from rapo_verl.run.folder import MAY_DIFFER, changes_of, differences, enter
 from rapo_verl.run.inputs import too_few_epochs
-from rapo_verl.run.lock import FolderTakenError, NoLocksHereError, claimed, held
+from rapo_verl.run.lock import NoLocksHereError, claimed, held
 from rapo_verl.run.preflight import problems_of
 from rapo_verl.run.values import leaves
 
@@ -142,9 +143,7 @@ def test_a_run_that_goes_on_notes_what_has_changed(tmp_path):
 
 def test_another_run_s_folder_and_what_differs_are_named(tmp_path):
     enter(config_in(tmp_path), {}, 0)
-    with pytest.raises(
-        RunFolderError, match=r"1 key\(s\) that decide on what is learnt:\n  data.seed: 1 there, 2 here"
-    ):
+    with pytest.raises(Refused, match=r"1 key\(s\) that decide on what is learnt:\n  data.seed: 1 there, 2 here"):
         changes_of(config_in(tmp_path, "data.seed=2"))
 
 
@@ -213,7 +212,7 @@ def no_locks(monkeypatch):
 
 def test_second_training_in_a_folder_is_refused(tmp_path, holder, toy_dir):
     config = compose_config(["experiment=toy_rapo_cpu", f"toy_dir={toy_dir}", f"run_dir={tmp_path}"])
-    with pytest.raises(FolderTakenError, match=f"process {holder.pid} on {os.uname().nodename} trains in"):
+    with pytest.raises(Refused, match=f"process {holder.pid} on {os.uname().nodename} trains in"):
         launch.run(config)
     assert not (tmp_path / "config.yaml").exists()
 
@@ -244,7 +243,7 @@ def test_lock_of_a_living_process_elsewhere_is_seen_by_its_beats(tmp_path, impat
 
     thread = threading.Thread(target=beat)
     thread.start()
-    with pytest.raises(FolderTakenError, match="process 1 on elsewhere trains in"), claimed(tmp_path):
+    with pytest.raises(Refused, match="process 1 on elsewhere trains in"), claimed(tmp_path):
         pass
     done.set()
     thread.join()
@@ -254,7 +253,7 @@ def test_without_locks_of_the_filesystem_beats_tell(tmp_path, monkeypatch, impat
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.02)
     with pytest.raises(NoLocksHereError), held(tmp_path / "x"):
         pass
-    with claimed(tmp_path), pytest.raises(FolderTakenError, match=f"process {os.getpid()} on"), claimed(tmp_path):
+    with claimed(tmp_path), pytest.raises(Refused, match=f"process {os.getpid()} on"), claimed(tmp_path):
         pass
     with claimed(tmp_path):
         pass

@@ -28,10 +28,6 @@ TRACKER = "latest_checkpointed_iteration.txt"
 ASIDE = ".incomplete"
 
 
-class CheckpointError(Refused):
-    """There is no checkpoint that this run may go on from, and starting again silently would lose one."""
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder ``global_step_<step>``."""
@@ -182,20 +178,20 @@ def choose(root: Path, wanted: dict[str, str], *, mend: bool = True) -> tuple[in
         The step that the run goes on from, 0 for a start, and what there is to say about it.
 
     Raises:
-        CheckpointError: the tracker names a missing folder, the checkpoint is another run's, others can write it, or
+        Refused: the tracker names a missing folder, the checkpoint is another run's, others can write it, or
             none is whole although there were some.
     """
     found, tracker = read_checkpoints(root), root / TRACKER
     named = tracker.read_text().strip() if tracker.exists() else ""
     steps = {checkpoint.step for checkpoint in found}
     if named.isdigit() and int(named) not in steps and not (root / f"global_step_{named}{ASIDE}").exists():
-        raise CheckpointError(
+        raise Refused(
             f"{tracker} names step {named}, but {root}/global_step_{named} is gone. Put it back; or write the step to "
             f"go on from into the tracker ({_list(found)} are complete); or delete the tracker to start again"
         )
     whole = [checkpoint for checkpoint in found if checkpoint.complete]
     if not whole and any(checkpoint.manifest for checkpoint in found):
-        raise CheckpointError(
+        raise Refused(
             f"no checkpoint in {root} is whole: "
             + "; ".join(f"{c.folder.name}: {', '.join(c.problems[:3])}" for c in found)
             + ". Restore the files, or move the folders away to start again"
@@ -230,7 +226,7 @@ def resume_point(config: DictConfig, *, mend: bool = True) -> tuple[int, list[st
         mend: see `choose`.
 
     Raises:
-        CheckpointError: there is a checkpoint, but the run may not go on from it.
+        Refused: there is a checkpoint, but the run may not go on from it.
     """
     trainer = config.trainer
     if trainer.resume_mode == "disable":
@@ -243,14 +239,14 @@ def resume_point(config: DictConfig, *, mend: bool = True) -> tuple[int, list[st
         if checkpoint.folder == folder:
             check(checkpoint, wanted)
             return checkpoint.step, []
-    raise CheckpointError(f"trainer.resume_from_path: there is no checkpoint {folder}")
+    raise Refused(f"trainer.resume_from_path: there is no checkpoint {folder}")
 
 
 def check(checkpoint: Checkpoint, wanted: dict[str, str]) -> None:
     """Refuse a checkpoint that is not whole, not this run's, or not safe to load.
 
     Raises:
-        CheckpointError: with everything that is wrong.
+        Refused: with everything that is wrong.
     """
     wrong = list(checkpoint.problems)
     for key, value in wanted.items():
@@ -264,21 +260,21 @@ def check(checkpoint: Checkpoint, wanted: dict[str, str]) -> None:
             )
             break
     if wrong:
-        raise CheckpointError(f"cannot go on from {checkpoint.folder}: " + "; ".join(wrong))
+        raise Refused(f"cannot go on from {checkpoint.folder}: " + "; ".join(wrong))
 
 
 def need_room(root: Path) -> None:
     """Refuse to begin a save that would fill the disk: as large as the last one.
 
     Raises:
-        CheckpointError: with what is free and what is needed.
+        Refused: with what is free and what is needed.
     """
     whole = [checkpoint for checkpoint in read_checkpoints(root) if checkpoint.complete]
     if not whole:
         return
     free = shutil.disk_usage(root).free
     if free < whole[-1].size:
-        raise CheckpointError(
+        raise Refused(
             f"No space left for a checkpoint: {root} has {free >> 20} MiB free, the last one took "
             f"{whole[-1].size >> 20} MiB. Step {whole[-1].step} is saved and whole. Make room, or lower "
             "trainer.max_actor_ckpt_to_keep, and start again"

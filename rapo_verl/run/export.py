@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rapo_verl.run.checkpoints import CheckpointError, read_checkpoints
+from rapo_verl import Refused
+from rapo_verl.run.checkpoints import read_checkpoints
 from rapo_verl.run.names import CHECKPOINTS_DIR
 
 # Files of a checkpoint that decide what it says.
@@ -18,7 +19,7 @@ def checkpoint_of(model: str) -> str:
     """Return the newest complete checkpoint of a run's folder (`rapo train`); any other model as it is.
 
     Raises:
-        CheckpointError: the run has no complete checkpoint.
+        Refused: the run has no complete checkpoint.
     """
     saved = Path(model) / CHECKPOINTS_DIR
     if not saved.is_dir():
@@ -27,7 +28,7 @@ def checkpoint_of(model: str) -> str:
     whole = [checkpoint for checkpoint in found if checkpoint.complete]
     if not whole:
         lines = [f"  {checkpoint.folder}: {'; '.join(checkpoint.problems[:3])}" for checkpoint in found]
-        raise CheckpointError("\n".join([f"{saved} has no complete checkpoint", *lines]))
+        raise Refused("\n".join([f"{saved} has no complete checkpoint", *lines]))
     return str(whole[-1].folder)
 
 
@@ -39,14 +40,14 @@ def resolve_model(model: str) -> Path:
             its ``actor``, FSDP or Megatron), or a hub id.
 
     Raises:
-        CheckpointError: there is none, or veRL's merger failed.
+        Refused: there is none, or veRL's merger failed.
     """
     folder = Path(checkpoint_of(model))
     if folder.is_dir():
         export = exported(folder)
         return export or (merge(folder) if _backend(folder) else folder)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"model {model} does not exist; give a checkpoint folder or a hub id (owner/name)")
+        raise Refused(f"model {model} does not exist; give a checkpoint folder or a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -55,18 +56,18 @@ def resolve_model(model: str) -> Path:
             snapshot_download(model, allow_patterns=["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt"])
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"model {model} is neither a folder here nor to be had from the hub ({error})") from error
+        raise Refused(f"model {model} is neither a folder here nor to be had from the hub ({error})") from error
 
 
 def model_sha256(folder: Path) -> str:
     """Return the sha256 over names and contents of a checkpoint's weights, config and tokenizer.
 
     Raises:
-        CheckpointError: the folder has no config or no weights.
+        Refused: the folder has no config or no weights.
     """
     files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
     if not (folder / "config.json").is_file() or not any(f.suffix in (".safetensors", ".bin") for f in files):
-        raise CheckpointError(f"{folder} is no Hugging Face checkpoint: it lacks config.json or weights")
+        raise Refused(f"{folder} is no Hugging Face checkpoint: it lacks config.json or weights")
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name}\n{file_sha256(path)}\n".encode())
@@ -110,7 +111,7 @@ def merge(folder: Path) -> Path:
     It lies in ``$RAPO_CACHE`` (default ``~/.cache/rapo_verl``) under a hash of the shards' names, sizes and times.
 
     Raises:
-        CheckpointError: the merger failed.
+        Refused: the merger failed.
     """
     actor = _actor(folder)
     shards = sorted(path for path in actor.rglob("*") if path.is_file() and "optim" not in path.name)
@@ -134,11 +135,11 @@ def merge_into(folder: Path, target: Path) -> None:
     """Let veRL's merger write a sharded checkpoint as a Hugging Face one.
 
     Raises:
-        CheckpointError: it failed; nothing is left in target.
+        Refused: it failed; nothing is left in target.
     """
     command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", str(_backend(folder))]
     command += ["--local_dir", str(_actor(folder)), "--target_dir", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 or not any(target.glob("*.safetensors")):
         shutil.rmtree(target, ignore_errors=True)
-        raise CheckpointError(f"veRL's merger failed on {_actor(folder)}: {' '.join(command)}\n{done.stderr[-2000:]}")
+        raise Refused(f"veRL's merger failed on {_actor(folder)}: {' '.join(command)}\n{done.stderr[-2000:]}")

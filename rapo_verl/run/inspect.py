@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from rapo_verl.run.checkpoints import CheckpointError, check, damage, read_checkpoints, unread
+from rapo_verl import Refused
+from rapo_verl.run.checkpoints import check, damage, read_checkpoints, unread
 from rapo_verl.run.export import exported, merge_into
 from rapo_verl.run.names import CHECKPOINTS_DIR, CONFIG_FILE
 
@@ -24,11 +25,11 @@ def show_checkpoints(run: Path, *, verify: bool) -> bool:
     """Print a run's checkpoints, oldest first; return whether all are whole.
 
     Raises:
-        CheckpointError: there is none.
+        Refused: there is none.
     """
     found = read_checkpoints(run / CHECKPOINTS_DIR)
     if not found:
-        raise CheckpointError(f"{run / CHECKPOINTS_DIR} has no checkpoint; is {run} a run's folder?")
+        raise Refused(f"{run / CHECKPOINTS_DIR} has no checkpoint; is {run} a run's folder?")
     table = Table("step", "saved", "GiB", "world", "state")
     whole = True
     for checkpoint in found:
@@ -50,13 +51,13 @@ def export_checkpoint(run: Path, step: int, to: Path) -> Path:
     """Write a checkpoint's policy as a Hugging Face model into ``to``.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is not whole, or veRL's merger failed.
+        Refused: there is no such checkpoint, it is not whole, or veRL's merger failed.
     """
     chosen = next((found for found in read_checkpoints(run / CHECKPOINTS_DIR) if found.step == step), None)
     if chosen is None:
-        raise CheckpointError(f"{run} has no checkpoint of step {step}: rapo checkpoints {run}")
+        raise Refused(f"{run} has no checkpoint of step {step}: rapo checkpoints {run}")
     if to.exists():
-        raise CheckpointError(f"{to} exists; give another folder with --to")
+        raise Refused(f"{to} exists; give another folder with --to")
     check(chosen, {})
     export = exported(chosen.folder)
     if export:

@@ -83,7 +83,7 @@ def run(config: DictConfig, *, verbose: bool = False) -> int:
         verbose: show the log as well as writing it.
 
     Raises:
-        RunFolderError, CheckpointError, FolderTakenError: the run may not go on in this folder.
+        Refused: the run may not go on in this folder.
     """
     # Checkpoints hold pickles: nobody else may write into what this run makes.
     os.umask(os.umask(0o022) | 0o022)

@@ -20,10 +20,6 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS, DEAD_SECONDS = 10.0, 40.0
 
 
-class FolderTakenError(Refused):
-    """Another process is at work in the folder."""
-
-
 class NoLocksHereError(OSError):
     """A filesystem without locks."""
 
@@ -59,7 +55,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
     beats: it counts up in the lock file. One that is silent for DEAD_SECONDS is dead, and its lock blocks nobody.
 
     Raises:
-        FolderTakenError: another process holds it.
+        Refused: another process holds it.
     """
     path = run_dir / LOCK_FILE
     with ExitStack() as stack:
@@ -67,7 +63,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
         try:
             lock = stack.enter_context(held(path))
         except BlockingIOError as error:
-            raise FolderTakenError(_taken(run_dir, _owner(path))) from error
+            raise Refused(_taken(run_dir, _owner(path))) from error
         except NoLocksHereError:
             kernel_knows = False
             lock = stack.enter_context(path.open("r+"))
@@ -103,7 +99,7 @@ def _refuse_beating(path: Path, owner: dict[str, Any]) -> None:
         if not now:
             return
         if now != owner:
-            raise FolderTakenError(_taken(path.parent, now))
+            raise Refused(_taken(path.parent, now))
 
 
 @contextmanager

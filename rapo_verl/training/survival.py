@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from rapo_verl import Refused
-from rapo_verl.run.checkpoints import CheckpointError, finish, identity, need_room, retain
+from rapo_verl.run.checkpoints import finish, identity, need_room, retain
 from rapo_verl.run.files import write_atomic
 from rapo_verl.run.inputs import too_few_epochs
 from rapo_verl.run.names import RESUME_VARIABLE, STOPPED_FILE
@@ -52,7 +52,7 @@ class SurvivalMixin(GuardMixin, PPOTrainer):
         self._saved_step = self._resumed_step = self.global_steps
         expected = int(os.environ.get(RESUME_VARIABLE) or self.global_steps)
         if self.global_steps != expected:
-            raise CheckpointError(
+            raise Refused(
                 f"the run is to go on from step {expected}, but this node loaded step {self.global_steps} from "
                 f"{self.config.trainer.default_local_dir}: is that folder on a filesystem that every node sees?"
             )
