@@ -157,7 +157,7 @@ def test_every_pattern_names_a_key_that_there_is():
     keys = {key for name in (MEGATRON, FSDP) for key, _ in leaves(OmegaConf.to_container(composed(name)))}
     keys |= {"trainer.v1.sampler.sampler_kwargs.max_failed_share"}
     keys |= {f"reward.custom_reward_function.reward_kwargs.verifier.{key.name}" for key in fields(VerifierSettings)}
-    patterns = [pattern for group in MAY_DIFFER.values() for pattern in group]
+    patterns = " ".join(MAY_DIFFER.values()).split()
     assert [pattern for pattern in patterns if not fnmatch.filter(keys, pattern)] == []
 
 
@@ -233,13 +233,15 @@ def test_lock_of_a_dead_process_elsewhere_is_in_nobody_s_way(tmp_path, impatient
 
 
 def test_lock_of_a_living_process_elsewhere_is_seen_by_its_beats(tmp_path, impatient):
+    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": 0}))
     done = threading.Event()
 
     def beat():
-        for count in range(1000):
-            (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": count}))
-            if done.wait(0.02):
-                return
+        with (tmp_path / ".lock").open("r+") as file:
+            for count in range(1000):
+                os.pwrite(file.fileno(), json.dumps({"host": "elsewhere", "pid": 1, "beat": count}).encode(), 0)
+                if done.wait(0.02):
+                    return
 
     thread = threading.Thread(target=beat)
     thread.start()

@@ -4,14 +4,12 @@ veRL writes its files in place and its tracker before we can know that all are t
 rename, says what a complete checkpoint consists of; a folder without one was never finished.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 
 from rapo_verl import Refused
-from rapo_verl.run.files import write_atomic
+from rapo_verl.run.files import file_crc32, file_sha256, write_atomic
 
 # In a run's folder.
 MANIFEST = "manifest.json"
@@ -52,7 +50,7 @@ def identity(config: DictConfig) -> dict[str, str]:
     """Return what a checkpoint must share with the run that goes on from it: model, data and layout of the world."""
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
     description = Path(model.path) / "config.json"
-    model_hash = f" {_sha256(description)[:16]}" if description.is_file() else ""
+    model_hash = f" {file_sha256(description)[:16]}" if description.is_file() else ""
     files = config.data.train_files
     data = [str(file) for file in (files if isinstance(files, list | ListConfig) else [files])]
     ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
@@ -72,11 +70,7 @@ def identity(config: DictConfig) -> dict[str, str]:
 
 def _named(path: Path) -> str:
     # What data.custom_cls reads need be no file.
-    return f"{path.name} {_sha256(path)[:16]}" if path.is_file() else str(path)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{path.name} {file_sha256(path)[:16]}" if path.is_file() else str(path)
 
 
 def finish(folder: Path, step: int, facts: dict[str, Any]) -> None:
@@ -96,17 +90,9 @@ def finish(folder: Path, step: int, facts: dict[str, Any]) -> None:
     # torch's own files hold a checksum of each tensor; Megatron's .distcp, .safetensors and the rest hold none.
     bare = [name for name in sizes if not name.endswith(".pt")]
     with ThreadPoolExecutor(8) as pool:
-        sums = dict(zip(bare, pool.map(lambda name: _crc32(folder / name), bare)))
+        sums = dict(zip(bare, pool.map(lambda name: file_crc32(folder / name), bare)))
     manifest = {"step": step, "time": time.time(), **facts, "files": sizes, "crc32": sums}
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
-
-
-def _crc32(path: Path) -> int:
-    total = 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            total = zlib.crc32(block, total)
-    return total
 
 
 def read_checkpoints(root: Path) -> list[Checkpoint]:
@@ -155,7 +141,7 @@ def damage(checkpoint: Checkpoint) -> list[str]:
             found.append(f"{path.relative_to(checkpoint.folder)} is damaged ({bad})")
     for name, crc in checkpoint.manifest.get("crc32", {}).items():
         path = checkpoint.folder / name
-        if path.is_file() and _crc32(path) != crc:
+        if path.is_file() and file_crc32(path) != crc:
             found.append(f"{name} is damaged (its checksum differs from the one it was saved with)")
     return found
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rapo_verl import Refused
 from rapo_verl.run.checkpoints import read_checkpoints
+from rapo_verl.run.files import file_sha256
 from rapo_verl.run.names import CHECKPOINTS_DIR
 
 # Files of a checkpoint that decide what it says.
@@ -71,15 +72,6 @@ def model_sha256(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name}\n{file_sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
     return digest.hexdigest()
 
 

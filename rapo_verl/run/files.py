@@ -1,6 +1,8 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the sums by which they are known again."""
 
+import hashlib
 import os
+import zlib
 from pathlib import Path
 
 
@@ -17,3 +19,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_crc32(path: Path) -> int:
+    """Return the CRC-32 of a file's bytes: no defence against anybody, but fast enough for checkpoints."""
+    total = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            total = zlib.crc32(block, total)
+    return total

