@@ -18,7 +18,7 @@ from rapo_verl.evaluation.prompts import load_prompts
 from rapo_verl.evaluation.spec import read_problems
 from rapo_verl.plan.model import shape_of
 from rapo_verl.run.compose import compose_config
-from rapo_verl.run.launch import read_metrics
+from rapo_verl.run.folder import read_metrics
 from rapo_verl.run.preflight import problems_of
 from rapo_verl.toy.base_model import build_tokenizer
 

@@ -309,7 +309,7 @@ SMALL = {
         ("mixtral", "mixture of experts"),
         ("gpt2", "dense decoders"),
         ("mamba", "dense decoders"),
-        ("bert", ""),
+        ("bert", "dense decoders"),
     ],
 )
 def test_dense_decoders_are_planned_and_others_refused_with_the_reason(tmp_path, kind, said):

@@ -12,7 +12,7 @@ from rapo_verl.cli import app
 from rapo_verl.data.overlap import HeldOut
 from rapo_verl.reward import Verdict
 from rapo_verl.reward.answer import verify_integer
-from rapo_verl.run.launch import read_metrics
+from rapo_verl.run.folder import read_metrics
 from rapo_verl.toy import real_lm
 from rapo_verl.toy.real_lm import EXAMPLES, PROBLEMS, make_real_lm
 from rapo_verl.toy.word_problems import FAMILIES, word_problems
