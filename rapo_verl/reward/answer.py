@@ -1,6 +1,7 @@
 r"""Reads answers as text: the last ``\boxed{}``, integers, and what has no meaning. All of it linear in the text."""
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 
 from rapo_verl.reward.verdict import Verdict
@@ -81,54 +82,10 @@ _ALIASES = {
     **{"\\lbrace": "\\{", "\\rbrace": "\\}", "\\lparen": "(", "\\rparen": ")", "\\land": "\\text{and}"},
     **{"\\lor": "\\text{or}", "\\wedge": "\\text{and}", "\\vee": "\\text{or}", "\\imath": "i", "\\colon": ":"},
 }  # fmt: skip
-_ALIAS = re.compile(r"\\[A-Za-z]+|[" + "".join(key for key in _ALIASES if len(key) == 1) + "]")
-# Commands that only move or size what follows; "\left." and "\right." with their dot.
-_LAYOUT = re.compile(
-    r"(?<!\\)\\[,;: ]|(?<!\\)~|\\(?:left|right)\s*\.|\\phantom ?(?:\{[^{}]*\}|[^\\{])"
-    r"|\\(?:left|right|displaystyle|textstyle|quad|qquad|limits|[bB]igg?[lrm]?)(?![A-Za-z])"
-)
-# A space that groups digits by three, or closes up after a comma; "1,\!234" is MATH's way to write thousands.
-_GROUPING = re.compile(
-    r"(?<=[0-9])(?:\\[,;: ]|~| |,\\!)(?=[0-9]{3}(?![0-9]))|(?<!\\)\\!|(?<=[0-9])\{, ?\}(?=[0-9]{3}(?![0-9]))"
-)
-_SURD = re.compile(r"√ ?(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
-_DEGREES = re.compile(r"\^ ?(?:\\circ(?![A-Za-z]) ?|\{ ?\\circ ?\})")
-_MATH_MODE = re.compile(r"\$\$?([^$]*)\$\$?|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*([^*]*)\*\*", re.DOTALL)
-_FONT = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathnormal)(?![A-Za-z]) ?(?:\{|(?=[A-Za-z0-9\\]))")
-_TEXT = re.compile(
-    r"\\(?:text|textnormal|textrm|textbf|textit|mathrm|mbox|rm|operatorname)(?![A-Za-z])"
-    r" ?(?:\{([^{}]*)\}|([A-Za-z0-9]))"
-)
 # Letters that are units after a number when they stand upright: "3\mathrm{m}"; any other is a letter: "2\mathrm{i}".
 UNIT_LETTERS = frozenset("mshgLlCFNJWKAV")
-
-
-@lru_cache(maxsize=1 << 13)
-def normalize(text: str) -> str:
-    r"""Return an answer without what has no meaning: math mode, fonts, sizes, spacing, a final dot, ``{,}``, a ``−``.
-
-    The same for golds and boxes, so that it cannot favour one of them, and idempotent but for nested delimiters.
-    """
-    if parse_integer(text) is not None:
-        return text.strip()
-    # Each pass is linear; one takes off what another uncovers. More than four are only needed by nonsense.
-    for _ in range(4):
-        before = text
-        text = _ALIAS.sub(lambda match: _ALIASES.get(match[0], match[0]), _SURD.sub(r"\\sqrt{\1\2}", text))
-        text = _LAYOUT.sub(" ", _GROUPING.sub("", text.replace("{, }", "{,}"))).replace("{,}", ",")
-        text = _TEXT.sub(_upright, _unbold(_DEGREES.sub(r"^\\circ ", text)))
-        text = " ".join(text.split()).rstrip(" .,;").replace("^\\circ ", "^\\circ")
-        match = _MATH_MODE.fullmatch(text)
-        if match is not None:
-            text = next(group for group in match.groups() if group is not None).strip()
-        if text == before:
-            break
-    return text
-
-
-def _unbold(text: str) -> str:
-    """Return the text without fonts that have no meaning; a brace that one opened stays, as TeX allows it."""
-    return _FONT.sub(lambda match: "{" if match[0].endswith("{") else "", text)
+# Math mode, or bold in Markdown, around a whole answer.
+_MATH_MODE = re.compile(r"\$\$?([^$]*)\$\$?|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*([^*]*)\*\*", re.DOTALL)
 
 
 def _upright(match: re.Match) -> str:
@@ -144,6 +101,52 @@ def _upright(match: re.Match) -> str:
     if not content:
         return " "
     return f" {content} " if match[0].startswith(("\\mathrm", "\\text", "\\rm")) else content
+
+
+# What has no meaning, and what stands in its place; each pattern is linear in the text.
+_REPLACED: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
+    (r"√ ?(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))", r"\\sqrt{\1\2}"),
+    (rf"\\[A-Za-z]+|[{''.join(key for key in _ALIASES if len(key) == 1)}]", lambda m: _ALIASES.get(m[0], m[0])),
+    # A space that groups digits by three, or closes up after a comma; "1,\!234" is MATH's way to write thousands.
+    (r"(?<=[0-9])(?:\\[,;: ]|~| |,\\!)(?=[0-9]{3}(?![0-9]))|(?<!\\)\\!|(?<=[0-9])\{, ?\}(?=[0-9]{3}(?![0-9]))", ""),
+    # Commands that only move or size what follows; "\left." and "\right." with their dot.
+    (
+        r"(?<!\\)\\[,;: ]|(?<!\\)~|\\(?:left|right)\s*\.|\\phantom ?(?:\{[^{}]*\}|[^\\{])"
+        r"|\\(?:left|right|displaystyle|textstyle|quad|qquad|limits|[bB]igg?[lrm]?)(?![A-Za-z])",
+        " ",
+    ),
+    (r"\{, ?\}", ","),
+    (r"\^ ?(?:\\circ(?![A-Za-z]) ?|\{ ?\\circ ?\})", r"^\\circ "),
+    # Fonts; a brace that one opened stays, as TeX allows it.
+    (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathnormal)(?![A-Za-z]) ?(?:(\{)|(?=[A-Za-z0-9\\]))", r"\1"),
+    (
+        r"\\(?:text|textnormal|textrm|textbf|textit|mathrm|mbox|rm|operatorname)(?![A-Za-z])"
+        r" ?(?:\{([^{}]*)\}|([A-Za-z0-9]))",
+        _upright,
+    ),
+)
+_PASSES = [(re.compile(pattern), instead) for pattern, instead in _REPLACED]
+
+
+@lru_cache(maxsize=1 << 13)
+def normalize(text: str) -> str:
+    r"""Return an answer without what has no meaning: math mode, fonts, sizes, spacing, a final dot, ``{,}``, a ``−``.
+
+    The same for golds and boxes, so that it cannot favour one of them, and idempotent but for nested delimiters.
+    """
+    if parse_integer(text) is not None:
+        return text.strip()
+    # One pass takes off what another uncovers. More than four rounds are only needed by nonsense.
+    for _ in range(4):
+        before = text
+        for pattern, instead in _PASSES:
+            text = pattern.sub(instead, text)
+        text = " ".join(text.split()).rstrip(" .,;").replace("^\\circ ", "^\\circ")
+        if match := _MATH_MODE.fullmatch(text):
+            text = next(group for group in match.groups() if group is not None).strip()
+        if text == before:
+            break
+    return text
 
 
 def quick_verdict(gold: str, box: str) -> Verdict | None:
