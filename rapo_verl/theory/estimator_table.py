@@ -30,14 +30,12 @@ class Pair(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """One estimator on one pair: errors against both true gradients, relative to their norms, variance and size."""
+    """One estimator on one pair: errors against both true gradients, relative to their norms, and variance."""
 
     forward: float
     reverse: float
     # Trace of the gradient's covariance for one token.
     variance: float
-    # Norm of the expected gradient over that of the forward KL's.
-    size: float
 
 
 def make_pair(distance: float, *, off_policy: bool, seed: int = 0) -> Pair:
@@ -109,9 +107,9 @@ def _per_token(pair: Pair, k: int) -> torch.Tensor:
 def quality(name: str, pair: Pair) -> Quality:
     """Return how an estimator's gradient compares with the true ones."""
     mean, variance = moments(name, pair)
-    forward, reverse = forward_gradient(pair), reverse_gradient(pair)
-    to_forward, to_reverse = (float((mean - true).norm() / true.norm()) for true in (forward, reverse))
-    return Quality(to_forward, to_reverse, variance, float(mean.norm() / forward.norm()))
+    truths = forward_gradient(pair), reverse_gradient(pair)
+    forward, reverse = (float((mean - true).norm() / true.norm()) for true in truths)
+    return Quality(forward, reverse, variance)
 
 
 ROWS = {
@@ -134,7 +132,7 @@ def table() -> str:
         on, off = (make_pair(distance, off_policy=flag) for flag in (False, True))
         rows = [f"## {title}: KL(ref ‖ pi) = {forward_kl(on):.3f} nats\n\n{COLUMNS}"]
         for name, words in ROWS.items():
-            values = (*quality(name, on)[:3], *quality(name, off)[:2])
+            values = (*quality(name, on), *quality(name, off)[:2])
             rows.append(f"| `{name}` | {words} | {' | '.join(map(_number, values))} |")
         sections.append("\n".join(rows) + "\n")
     return "\n".join([INTRODUCTION, *sections, READING])

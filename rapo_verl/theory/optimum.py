@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
-from scipy.special import logsumexp, wrightomega, xlogy
+from scipy.special import logsumexp, wrightomega
 
 FloatArray = npt.NDArray[np.float64]
 # Relative width at which the search for lambda stops: a few roundings of fp64.
@@ -96,16 +96,6 @@ def rapo_optimum(reward: npt.ArrayLike, reference: npt.ArrayLike, *, alpha: floa
     multiplier = brentq(lambda x: logsumexp(log_policy(x)), low - margin, high + margin, xtol=1e-300, rtol=PRECISION)
     log_pi = log_policy(multiplier)
     return Optimum(np.exp(log_pi - logsumexp(log_pi)), float(multiplier))
-
-
-def objective(
-    policy: npt.ArrayLike, reward: npt.ArrayLike, reference: npt.ArrayLike, *, alpha: float, beta: float = 0.0
-) -> float:
-    """Return E_pi[r] - alpha KL(pi_ref ‖ pi) + beta H(pi); -inf where the policy lacks an item of the reference."""
-    r, p = _checked(reward, reference, alpha=alpha)
-    pi = np.asarray(policy, dtype=np.float64)
-    with np.errstate(divide="ignore"):
-        return float((pi * r).sum() - alpha * (xlogy(p, p) - xlogy(p, pi)).sum() - beta * xlogy(pi, pi).sum())
 
 
 def _checked(reward: npt.ArrayLike, reference: npt.ArrayLike, **weights: float) -> tuple[FloatArray, FloatArray]:
