@@ -28,12 +28,12 @@ def models(toy_dir, tmp_path):
 def test_models_are_sampled_judged_and_enumerated_and_hard_is_of_another_draw(toy_dir, models, tmp_path, monkeypatch):
     commands = []
 
-    def rapo_eval(out, *arguments):
-        commands.append(arguments[0])
-        done = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    def rapo(folder, *arguments):
+        commands.append(arguments[1])
+        done = CliRunner().invoke(app, [*map(str, arguments)])
         assert done.exit_code == 0, done.output
 
-    monkeypatch.setattr(demo, "_rapo_eval", rapo_eval)
+    monkeypatch.setattr(demo, "_rapo", rapo)
     monkeypatch.setattr("rapo_verl.evaluation.session.generate_draw", lambda draw, _: run(draw, StubEngine())[1])
     demo.evaluate(models, toy_dir, tmp_path / "eval", n=8, limit=12)
     assert commands == ["generate"] * 4 + ["score"]
@@ -47,4 +47,4 @@ def test_models_are_sampled_judged_and_enumerated_and_hard_is_of_another_draw(to
 
 def test_a_command_that_fails_is_named_with_its_log(tmp_path):
     with pytest.raises(Failed, match=r"`rapo eval score` ended with exit code 2; see .*evaluate.log"):
-        demo._rapo_eval(tmp_path, "score", tmp_path)
+        demo._rapo(tmp_path, "eval", "score", tmp_path)

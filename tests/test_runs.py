@@ -351,9 +351,10 @@ def kill_tree(process):
 def test_demo_ends_in_a_report_and_goes_on_where_it_stopped(toy_dir, tmp_path):
     base = tmp_path / "runs" / "toy" / "base0"
     base.parent.mkdir(parents=True)
-    base.symlink_to(toy_dir)
-    short = ["--n", "16", "--problems", "12", "trainer.total_training_steps=2", "data.train_batch_size=8",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.n=4"]  # fmt: skip
+    shutil.copytree(toy_dir, base)
+    short = ["--n", "16", "--problems", "12", "--answers", "4", "trainer.total_training_steps=2",
+        "data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "actor_rollout_ref.rollout.n=4"]  # fmt: skip
     arguments = [sys.executable, "-m", "rapo_verl.cli", "demo", "--out", "out", *short]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     for _ in range(2):
@@ -362,6 +363,9 @@ def test_demo_ends_in_a_report_and_goes_on_where_it_stopped(toy_dir, tmp_path):
         assert done.returncode == 0, done.stderr[-4000:]
     assert "already trained" in done.stderr and time.monotonic() - start < 120
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [model["name"] for model in summary["models"]] == ["base", "GRPO", "RAPO"]
+    assert [model["name"] for model in summary["models"]] == [
+        "base", "GRPO", "RAPO", "RAPO with reference answers"
+    ]  # fmt: skip
+    assert "rapo/reference_answers/rows" in read_metrics(tmp_path / "out" / "rapo_answers")[-1]
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
-    assert not [p for p in psutil.process_iter(["cmdline"]) if str(toy_dir) in " ".join(p.info["cmdline"] or [])]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(base) in " ".join(p.info["cmdline"] or [])]

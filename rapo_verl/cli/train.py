@@ -49,15 +49,16 @@ def demo(
     seed: Annotated[int, typer.Option(help="of the toy's world and base model")] = 0,
     n: Annotated[int, typer.Option(help="responses per problem")] = 512,
     problems: Annotated[int, typer.Option(help="held-out problems, a multiple of 12")] = 96,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value for both trainings")] = None,
+    answers: Annotated[int, typer.Option(min=0, help="reference answers a training problem; 0: none")] = 32,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value for all trainings")] = None,
 ) -> None:
-    """Train GRPO and RAPO on the toy world and compare their pass@k with the base model's, on this machine's CPU.
+    """Train by GRPO, RAPO and RAPO with reference answers on the toy world; pass@k of each and of the base, on the CPU.
 
     Example: rapo demo --out runs/demo
     """
     from rapo_verl.toy.demo import demo as run_demo
 
-    run_demo(out, seed=seed, n=n, limit=problems, overrides=overrides)
+    run_demo(out, seed=seed, n=n, limit=problems, answers=answers, overrides=overrides)
 
 
 @app.command()

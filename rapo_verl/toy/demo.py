@@ -1,4 +1,4 @@
-"""The demo: base model, GRPO and RAPO on the toy world, evaluated and compared in one report."""
+"""The demo: base, GRPO, RAPO and RAPO with reference answers on the toy world, compared in one report."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import transformers
@@ -24,8 +25,9 @@ from rapo_verl.run.folder import read_metrics
 from rapo_verl.run.launch import run
 from rapo_verl.run.names import CONFIG_FILE, ENVIRONMENT_FILE
 from rapo_verl.run.preflight import problems_of
+from rapo_verl.run.reference_answers import ANSWERS_FILE
 from rapo_verl.toy.exact import success_probabilities
-from rapo_verl.toy.make import EVAL_FILE, MODEL_DIR, load_problems, make_toy
+from rapo_verl.toy.make import EVAL_FILE, MODEL_DIR, TRAIN_FILE, load_problems, make_toy
 
 console = Console(stderr=True)
 # A solution has 23 tokens, its end included.
@@ -64,9 +66,9 @@ def evaluate(models: dict[str, Path], toy_dir: Path, out: Path, *, n: int, limit
     out.mkdir(parents=True, exist_ok=True)
     options = ["--data", toy_dir / EVAL_FILE, "--n", n, "--limit", limit, "--max-tokens", MAX_TOKENS, "--no-logprobs"]
     for folder, model, draw in [(HARD_FOLDER, models[BASE], 2), *((key, model, 1) for key, model in models.items())]:
-        _rapo_eval(out, "generate", "--model", model, "--out", out / folder, "--draw", draw, *options)
+        _rapo(out, "eval", "generate", "--model", model, "--out", out / folder, "--draw", draw, *options)
     folders = [out / folder for folder in (HARD_FOLDER, *models)]
-    _rapo_eval(out, "score", *folders, "--strictness", "integer", "--jobs", 1)
+    _rapo(out, "eval", "score", *folders, "--strictness", "integer", "--jobs", 1)
     transformers.utils.logging.disable_progress_bar()  # of loading 27 tensors
     world, problems = load_problems(toy_dir)
     for key, model in models.items():
@@ -76,13 +78,25 @@ def evaluate(models: dict[str, Path], toy_dir: Path, out: Path, *, n: int, limit
             write_atomic(path, json.dumps(exact.tolist()))
 
 
-def _rapo_eval(out: Path, *arguments: object) -> None:
-    command = [sys.executable, "-m", "rapo_verl.cli", "eval", *map(str, arguments)]
-    log = out / "evaluate.log"
+def sample_answers(toy_dir: Path, m: int) -> None:
+    """Write what the base answers to the training problems, m times each, to the folder that the recipe reads."""
+    out = toy_dir / "answers"
+    if (out / ANSWERS_FILE).exists():
+        console.print(f"      already in {out}", highlight=False)
+        return
+    options = ["--n", m, "--max-tokens", MAX_TOKENS, "--token-ids"]
+    model, data = toy_dir / MODEL_DIR, toy_dir / TRAIN_FILE
+    _rapo(toy_dir, "eval", "generate", "--model", model, "--data", data, "--out", out, *options)
+    _rapo(toy_dir, "reference-answers", out, "--strictness", "integer")
+
+
+def _rapo(folder: Path, *arguments: object) -> None:
+    command = [sys.executable, "-m", "rapo_verl.cli", *map(str, arguments)]
+    log = folder / "evaluate.log"
     with log.open("ab") as file:  # the progress bar is on stderr
         code = subprocess.run(command, stdout=file, env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}).returncode
     if code != 0:
-        raise Failed(f"`rapo eval {arguments[0]}` ended with exit code {code}; see {log}")
+        raise Failed(f"`rapo {arguments[0]} {arguments[1]}` ended with exit code {code}; see {log}")
 
 
 def write_demo_report(out: Path, labels: dict[str, str], settings: dict[str, str]) -> Numbers:
@@ -118,31 +132,47 @@ def settings_of(run_dir: Path) -> dict[str, str]:
     }
 
 
-def demo(out: Path, *, seed: int = 0, n: int = 512, limit: int = 96, overrides: list[str] | None = None) -> None:
-    """Make the toy, train GRPO and RAPO, evaluate base, GRPO and RAPO, and write the report.
+def demo(
+    out: Path, *, seed: int = 0, n: int = 512, limit: int = 96, answers: int = 32, overrides: list[str] | None = None
+) -> None:
+    """Make the toy, train on it by each method, evaluate base and all, and write the report.
 
-    Every stage keeps what an earlier, interrupted call finished. The toy is in runs/toy/base<seed>, made if need be; a
-    limit that is a multiple of 12 problems keeps the families equal.
+    Every stage keeps what an earlier, interrupted call finished. The toy is in runs/toy/base<seed>, made if need be.
+
+    Args:
+        out: folder.
+        seed: of the toy.
+        n: responses to each problem of the evaluation.
+        limit: problems of the evaluation; a multiple of 12 keeps the families equal.
+        answers: of the base to each training problem, for RAPO with reference answers; 0 leaves that method out.
+        overrides: of the trainings.
     """
     out = out.absolute()
     toy_dir = Path(f"runs/toy/base{seed}").absolute()
     common = [f"toy_dir={toy_dir}", *(overrides or [])]
     models = {BASE: toy_dir / MODEL_DIR}
-    labels = {BASE: "base", "grpo": "GRPO", "rapo": "RAPO"}
-    for experiment in ("toy_rapo_cpu", "toy_grpo_cpu"):
-        compose_or_refuse([f"experiment={experiment}", *common])  # before minutes of pre-training
-    through = "through veRL: Ray, FSDP2 on gloo, vLLM, TransferQueue, reward loop"
-    with stage(1, 5, "the toy's problems and its base model, pre-trained on the spot"):
+    labels = {BASE: "base", "grpo": "GRPO", "rapo": "RAPO", "rapo_answers": "RAPO with reference answers"}
+    if not answers:
+        labels.pop("rapo_answers")
+    methods = [key for key in ("rapo", "grpo", "rapo_answers") if key in labels]
+    for key in methods:
+        compose_or_refuse([f"experiment=toy_{key}_cpu", *common])  # before minutes of pre-training
+    number, of = count(1), len(methods) + 3 + bool(answers)
+    with stage(next(number), of, "the toy's problems and its base model, pre-trained on the spot"):
         make_toy(toy_dir, seed=seed)
-    with stage(2, 5, f"RAPO {through}"):
-        models["rapo"] = train("toy_rapo_cpu", out / "rapo", common)
-    with stage(3, 5, f"GRPO {through}"):
-        models["grpo"] = train("toy_grpo_cpu", out / "grpo", common)
-    with stage(4, 5, f"{n} responses to each of {limit} held-out problems, from each model"):
-        evaluate(models, toy_dir, out / "eval", n=n, limit=limit)
-    with stage(5, 5, "the report"):
+    for key in methods:
+        if key == "rapo_answers":
+            with stage(next(number), of, f"{answers} answers of the base to each training problem"):
+                sample_answers(toy_dir, answers)
+        with stage(
+            next(number), of, f"{labels[key]} through veRL: Ray, FSDP2 on gloo, vLLM, TransferQueue, reward loop"
+        ):
+            models[key] = train(f"toy_{key}_cpu", out / key, common)
+    with stage(next(number), of, f"{n} responses to each of {limit} held-out problems, from each model"):
+        evaluate({key: models[key] for key in labels}, toy_dir, out / "eval", n=n, limit=limit)
+    with stage(next(number), of, "the report"):
         settings = {
-            f"{labels[key]}: {what}": text for key in ("grpo", "rapo") for what, text in settings_of(out / key).items()
+            f"{labels[key]}: {what}": text for key in sorted(methods) for what, text in settings_of(out / key).items()
         }
         print_table(write_demo_report(out, labels, {"command": "rapo demo", "toy seed": str(seed), **settings}))
     console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
