@@ -5,7 +5,6 @@ from typer.testing import CliRunner
 
 from rapo_verl.cli import app
 from rapo_verl.theory import figures
-from rapo_verl.theory.estimator_table import table
 
 
 def test_only_rapo_reaches_the_rewarded_region_off_the_support():
@@ -30,13 +29,10 @@ def test_gradient_ascent_ends_on_the_closed_form():
     assert (reference[-figures.EMPTY :] == 0).all() and abs(reference.sum() - 1) < 1e-12
 
 
-def test_command_writes_every_figure_and_the_table(tmp_path):
-    result = CliRunner().invoke(
-        app, ["figures", "--out", str(tmp_path / "images"), "--page", str(tmp_path / "page.md")], catch_exceptions=False
-    )
-    assert result.exit_code == 0 and len(result.output.split()) == 7
+def test_command_writes_every_figure(tmp_path):
+    result = CliRunner().invoke(app, ["figures", "--out", str(tmp_path / "images")], catch_exceptions=False)
+    assert result.exit_code == 0 and len(result.output.split()) == 6
     for name in ("figure1", "figure2", "estimators"):
         assert (tmp_path / "images" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         svg = (tmp_path / "images" / f"{name}.svg").read_text()
         assert "<svg" in svg and "mathdefault" not in svg
-    assert (tmp_path / "page.md").read_text() == table()

@@ -84,7 +84,6 @@ def inspect_batch(
 @app.command()
 def figures(
     out: Annotated[Path, typer.Option(help="folder for the figures, PNG and SVG")] = Path("docs/images"),
-    page: Annotated[Path, typer.Option(help="the table of estimators")] = Path("docs/estimators.md"),
 ) -> None:
     """Draw the theory: optimal policies (the paper's Figures 1 and 2), bias and variance of the KL estimators.
 
@@ -92,8 +91,50 @@ def figures(
     """
     from rapo_verl.theory.figures import write_figures
 
-    for path in write_figures(out, page):
+    for path in write_figures(out):
         print(path)
+
+
+@app.command("explain-kl")
+def explain_kl(
+    config: Annotated[str | None, typer.Argument(help="name of an experiment, or a YAML file of veRL's")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="any key=value, as for `rapo train`")] = None,
+    setting: Annotated[str | None, typer.Option(help="of another framework: trl-grpo, nemo-rl, openrlhf, ...")] = None,
+    updates: Annotated[int | None, typer.Option(min=0, help="updates since sampling; default: the config's")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG: where it takes policies that lost a mode")] = None,
+    every: Annotated[bool, typer.Option("--all", help="write the page of all estimators and settings")] = False,
+    page: Annotated[Path, typer.Option(help="that page")] = Path("docs/estimators.md"),
+) -> None:
+    """Say which divergence a KL setting really descends, by exact enumeration: docs/estimators.md.
+
+    Example: rapo explain-kl toy_grpo_cpu actor_rollout_ref.actor.kl_loss_type=k2 --plot kl.png
+    """
+    from rich.console import Console
+
+    from rapo_verl.report.figures import image
+    from rapo_verl.run.files import write_atomic
+    from rapo_verl.theory import explain_kl as theory
+    from rapo_verl.theory.kl_settings import SETTINGS, read_file, read_setting
+
+    if every:
+        write_atomic(page, theory.page())
+        print(page)
+        return
+    if (config is None) == (setting is None):
+        raise Refused("give a config or --setting, one of the two; or --all")
+    if setting is not None and setting not in SETTINGS:
+        raise Refused(f"--setting {setting} is not known; allowed: {', '.join(SETTINGS)}")
+    if setting is not None:
+        found = SETTINGS[setting]
+    elif config is not None and config.endswith((".yaml", ".yml")):
+        found = read_setting(read_file(Path(config), overrides or []), config)
+    else:
+        found = read_setting(composed([f"experiment={config}", *(overrides or [])]), f"experiment={config}")
+    found = found if updates is None else found._replace(updates=updates)
+    theory.show(found, Console())
+    if plot is not None:
+        write_atomic(plot, image(theory.plot(found), "png"))
+        print(plot)
 
 
 @app.command("inspect-reference")

@@ -6,6 +6,7 @@ KL(ref ‖ pi), pi - ref, and of the reverse KL(pi ‖ ref), pi (log(pi / ref) -
 has them, clamps included.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,8 +18,17 @@ from rapo_verl.method.head import Target, head
 VOCABULARY, TOP_K, RHO_MAX = 64, 16, 6.0
 # Distance between policy and reference: scale of a random change of the logits.
 NEAR, FAR = 0.3, 2.0
-VERL = ("k1", "k2", "low_var_kl", "k3+")
+# How far one update moves the logits, in the same scale: what an older policy is older by.
+UPDATE = 0.125
+VERL = ("k1", "k2", "low_var_kl", "k3+", "abs")
 OURS = ("paper", "unbiased", "bounded")
+PER_TOKEN = ("topk", "full")
+# The term of reference answers: -log pi of tokens that the reference drew.
+ANSWERS = "answers"
+# Behind a name: its value, detached, is a penalty in the reward, so that the surrogate alone is differentiated.
+IN_REWARD = " in the reward"
+# Clamp of k3 and of w x k3 in veRL, NeMo-RL and OpenRLHF, nats.
+CLAMP = 10.0
 
 
 class Pair(NamedTuple):
@@ -38,13 +48,26 @@ class Quality(NamedTuple):
     variance: float
 
 
-def make_pair(distance: float, *, off_policy: bool, seed: int = 0) -> Pair:
-    """Return a peaked reference, a policy at a distance from it, and who sampled: the policy, or one apart from it."""
+def make_pair(distance: float, *, updates: int = 0, seed: int = 0) -> Pair:
+    """Return a peaked reference, a policy at a distance from it, and who sampled: the policy some updates ago."""
     generator = torch.Generator().manual_seed(seed)
     reference, change, shift = torch.randn(3, VOCABULARY, dtype=torch.float64, generator=generator)
     logits = 2 * reference + distance * change
-    old = logits + 0.5 * shift if off_policy else logits
+    old = logits + UPDATE * updates * shift
     return Pair(logits, torch.log_softmax(2 * reference, -1), torch.log_softmax(old, -1))
+
+
+def two_modes(left: float) -> Pair:
+    """Return a reference with two modes of one half each, and a policy that has its shape but mass ``left`` there.
+
+    The second mode is the second half of the vocabulary.
+    """
+    place = torch.arange(VOCABULARY, dtype=torch.float64)
+    modes = [-0.5 * ((place - centre) / (VOCABULARY / 32)) ** 2 for centre in (VOCABULARY // 4, 3 * VOCABULARY // 4)]
+    log_ref = torch.log_softmax(torch.logaddexp(*modes), -1)
+    second = place >= VOCABULARY // 2
+    log_pi = torch.log_softmax(log_ref + torch.where(second, math.log(left), math.log1p(-left)), -1)
+    return Pair(log_pi, log_ref, log_pi)
 
 
 def forward_kl(pair: Pair) -> float:
@@ -64,18 +87,66 @@ def reverse_gradient(pair: Pair) -> torch.Tensor:
     return log_pi.exp() * (log_ratio - (log_pi.exp() * log_ratio).sum())
 
 
-def sampled(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return an estimator as a function of log pi, log pi_old and log ref of each token."""
-    if name in OURS:
+def divergences(pair: Pair) -> dict[str, torch.Tensor]:
+    """Return, by the divergence's name, the gradients in the logits that an estimator may turn out to have."""
+    log_pi, log_ref = torch.log_softmax(pair.logits, -1), pair.log_ref
+    pi, ref = log_pi.exp(), log_ref.exp()
+    forward, reverse = forward_gradient(pair), reverse_gradient(pair)
+    half, sign, stale = (ref * (log_pi - log_ref), pi * (log_pi - log_ref).sign(), pi * (pair.log_old - log_ref))
+    return {
+        "the forward KL(ref ‖ pi)": forward,
+        "the reverse KL(pi ‖ ref)": reverse,
+        "½ E_ref[(log pi - log ref)²]": half - pi * half.sum(),
+        "Σ |pi - ref|, twice the total variation": sign - pi * sign.sum(),
+        "the reverse KL minus the forward KL": reverse - forward,
+        # Off-policy alone: what a penalty or a weight that is as old as the samples adds.
+        "the reverse KL minus KL(pi ‖ pi_old)": stale - pi * stale.sum(),
+        "minus KL(pi_old ‖ pi), away from who sampled": pair.log_old.exp() - pi,
+    }
+
+
+Estimator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _k3(log_prob: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    return (ref - log_prob).exp() - (ref - log_prob) - 1
+
+
+# The forms of other frameworks, of log pi, log pi_old and log ref. TRL's are not clamped, NeMo-RL's and OpenRLHF's are.
+OTHERS: dict[str, Estimator] = {
+    "k3": lambda log_prob, old, ref: _k3(log_prob, ref),
+    "w k3": lambda log_prob, old, ref: (log_prob - old).exp() * _k3(log_prob, ref),
+    "w k3, clamped": lambda log_prob, old, ref: OTHERS["w k3"](log_prob, old, ref).clamp(-CLAMP, CLAMP),
+    # Of value k3, but its weight of one is differentiated too: the score function's part of the gradient.
+    "score k3, clamped": lambda log_prob, old, ref: OTHERS["w k3, clamped"](log_prob, log_prob.detach(), ref),
+    "k2, clamped": lambda log_prob, old, ref: (0.5 * (log_prob - ref) ** 2).clamp(max=CLAMP),
+}
+
+
+def sampled(name: str) -> Estimator:
+    """Return an estimator as a function of log pi, log pi_old and log ref of each token.
+
+    Args:
+        name: of `OURS` ("bounded rho<=8" for another bound), `VERL` or `OTHERS`, or one of them and `IN_REWARD`.
+    """
+    if name.endswith(IN_REWARD):
+        value = sampled(name.removesuffix(IN_REWARD))
+        # PPO's and GRPO's surrogate, unclipped; veRL takes the penalty of the policy that sampled.
+        return lambda log_prob, old, ref: (log_prob - old).exp() * value(old, old, ref).detach()
+    kind, _, bound = name.partition(" rho<=")
+    if kind in OURS:
 
         def ours(log_prob, old, ref):
             mask = torch.ones_like(log_prob, dtype=torch.bool)[None]
             log_prob, old, ref = log_prob[None], old[None], ref[None]
-            return forward_kl_estimate(log_prob, old, ref, mask, estimator=name, rho_max=RHO_MAX).loss[0]
+            rho_max = float(bound or RHO_MAX)
+            return forward_kl_estimate(log_prob, old, ref, mask, estimator=kind, rho_max=rho_max).loss[0]
 
         return ours
+    if name in OTHERS:
+        return OTHERS[name]
     if name not in VERL:
-        raise ValueError(f"unknown estimator {name!r}; allowed: {', '.join((*OURS, *VERL))}")
+        raise ValueError(f"unknown estimator {name!r}; allowed: {', '.join((*OURS, *VERL, *OTHERS))}")
     from verl.trainer.ppo.core_algos import kl_penalty
 
     return lambda log_prob, old, ref: kl_penalty(log_prob, ref, name)
@@ -83,8 +154,11 @@ def sampled(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], t
 
 def moments(name: str, pair: Pair) -> tuple[torch.Tensor, float]:
     """Return the expected gradient in the logits, and the trace of its covariance for one token."""
-    if name in ("topk", "full"):
+    if name in PER_TOKEN:
         return _per_token(pair, TOP_K if name == "topk" else VOCABULARY), 0.0
+    if name == ANSWERS:
+        pi, ref = torch.softmax(pair.logits, -1), pair.log_ref.exp()
+        return pi - ref, float(1 - (ref**2).sum())
     log_pi = torch.log_softmax(pair.logits, -1)
     leaf = log_pi.clone().requires_grad_(True)
     (slope,) = torch.autograd.grad(sampled(name)(leaf, pair.log_old, pair.log_ref).sum(), leaf)
@@ -112,6 +186,18 @@ def quality(name: str, pair: Pair) -> Quality:
     return Quality(forward, reverse, variance)
 
 
+def pull(name: str, left: float) -> float:
+    """Return how hard an estimator pulls mass into a mode that the policy keeps ``left`` of; the forward KL's is 1.
+
+    On-policy, the sum of the downhill step over the second mode's logits (`two_modes`).
+    """
+    pair = two_modes(left)
+    second = slice(VOCABULARY // 2, None)
+    gradient = divergences(pair).get(name)
+    mean = moments(name, pair)[0] if gradient is None else gradient
+    return float(mean[second].sum() / forward_gradient(pair)[second].sum())
+
+
 ROWS = {
     "bounded": "ours, default",
     "unbiased": "ours",
@@ -122,14 +208,23 @@ ROWS = {
     "k2": "veRL",
     "k3+": "veRL, k3's value with k2's gradient",
     "k1": "veRL",
+    "abs": "veRL",
+    "k3": "TRL's, without a clamp",
+    "w k3": "TRL's with `use_bias_correction_kl`",
+    "score k3, clamped": "NeMo-RL's default",
+    "w k3, clamped": "NeMo-RL's with `use_on_policy_kl_approximation`",
+    "k2, clamped": "OpenRLHF's",
+    "k1 in the reward": "veRL, OpenRLHF, TRL's RLOO",
+    "low_var_kl in the reward": "veRL",
+    ANSWERS: "ours: -log pi of the reference's own answers",
 }
 
 
 def table() -> str:
-    """Return the page docs/estimators.md."""
+    """Return what all rows descend, near the reference and far from it: the first part of docs/estimators.md."""
     sections = []
     for title, distance in ((f"Near the reference (logits moved by {NEAR})", NEAR), (f"Far from it ({FAR})", FAR)):
-        on, off = (make_pair(distance, off_policy=flag) for flag in (False, True))
+        on, off = (make_pair(distance, updates=updates) for updates in (0, 4))
         rows = [f"## {title}: KL(ref ‖ pi) = {forward_kl(on):.3f} nats\n\n{COLUMNS}"]
         for name, words in ROWS.items():
             values = (*quality(name, on), *quality(name, off)[:2])
@@ -145,12 +240,12 @@ def _number(value: float) -> str:
 INTRODUCTION = f"""\
 # What each KL estimator descends
 
-Written by `rapo figures`; `tests/test_estimator_table.py` fails if it is out of date. Exact enumeration over
-{VOCABULARY} tokens in fp64 (`rapo_verl/theory/estimator_table.py`), one token's loss, its gradient in the
-logits.
+Written by `rapo explain-kl --all`; `tests/test_explain_kl.py` fails if it is out of date. `rapo explain-kl CONFIG` says
+the same of one config, in words. Exact enumeration over {VOCABULARY} tokens in fp64
+(`rapo_verl/theory/estimator_table.py`), one token's loss, its gradient in the logits.
 **error to forward / reverse**: norm of (expected gradient - true gradient) over the true one's; 0 means that
 this KL is what it descends. **variance**: trace of the covariance of one token's gradient.
-Off-policy: the tokens come from an older policy, as in the second mini-batch of a step.
+Off-policy: the tokens come from a policy four updates ago, each of which moved the logits by {UPDATE}. w = pi / pi_old.
 """
 COLUMNS = """\
 | estimator | | error to forward | to reverse | variance | off-policy: to forward | to reverse |
@@ -158,12 +253,18 @@ COLUMNS = """\
 READING = f"""\
 ## Reading it
 
-* `k1` as a loss descends nothing on-policy: its expected gradient is zero, an error of 1 to either KL.
+* `k1` as a loss descends nothing on-policy: its expected gradient is zero, an error of 1 to either KL. In the reward
+  it descends the reverse KL exactly, on-policy; off-policy veRL takes it of the policy that sampled, and it is biased.
 * `low_var_kl`, usually called a reverse KL, descends the forward KL near the reference. Its clamp (no gradient
-  beyond a k3 of 10) takes that away where a mode of the reference is missed, and off-policy it is biased. `k2`
-  and `k3+` descend the reverse KL, on-policy alone.
+  beyond a k3 of {CLAMP:g}) takes that away where a mode of the reference is missed, and off-policy it is biased. `k2`
+  and `k3+` descend the reverse KL, on-policy alone. `k3` is `low_var_kl` without the clamp.
+* `low_var_kl` in the reward descends the reverse KL *minus* the forward one (where its clamp is not met): near the
+  reference next to nothing.
+* `w k3` descends the reverse KL, on- and off-policy.
+* `abs` descends Σ |pi - ref|, on-policy.
 * `paper` descends ½ E_ref[(log pi - log ref)²], which meets the forward KL only as pi → ref.
 * `unbiased` descends the forward KL, on- and off-policy, at a variance that grows without bound with the
   distance; `bounded` trades it for a bias (rho ≤ {RHO_MAX:g}). `full` has neither; `topk` has no variance, and
   for error what the tail's inner shape would add.
+* `answers` descends the forward KL whoever sampled, since the reference did.
 """

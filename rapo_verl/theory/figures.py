@@ -1,4 +1,4 @@
-"""`rapo figures`: the paper's Figures 1 and 2 from the closed forms, and the estimators' bias, variance and table."""
+"""`rapo figures`: the paper's Figures 1 and 2 from the closed forms, and the estimators' bias and variance."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from scipy.special import softmax
 
 from rapo_verl.report.figures import styled, write_figure
-from rapo_verl.run.files import write_atomic
-from rapo_verl.theory.estimator_table import ROWS, forward_kl, make_pair, quality, table
+from rapo_verl.theory.estimator_table import ROWS, forward_kl, make_pair, quality
 from rapo_verl.theory.optimum import FloatArray, forward_kl_optimum, rapo_optimum, reverse_kl_optimum
 
 # One-dimensional landscape: the reference's two modes; two rewarded intervals, one on its support and one off it.
@@ -21,6 +20,7 @@ REFERENCE, REWARD, POLICY = "#6b7280", "#009e73", "#d55e00"
 # Items of Figure 2, and how many of them the reference gives no mass.
 ITEMS, EMPTY = 24, 8
 DISTANCES = np.geomspace(0.03, 4.0, 15)
+# The first nine rows: ours and veRL's.
 ESTIMATOR_COLOURS = dict(
     zip(ROWS, ("#d55e00", "#e69f00", "#cc79a7", "#0072b2", "#222222", "#009e73", "#5b3a8e", "#56b4e9", "#6b7280"))
 )
@@ -120,7 +120,7 @@ def estimator_figure() -> Figure:
     """Return bias (error to the forward KL's gradient) and variance of each estimator over KL(ref ‖ pi)."""
     figure = Figure(figsize=(9.4, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
-    pairs = [make_pair(float(distance), off_policy=False) for distance in DISTANCES]
+    pairs = [make_pair(float(distance)) for distance in DISTANCES]
     kl = [forward_kl(pair) for pair in pairs]
     for number, (name, colour) in enumerate(ESTIMATOR_COLOURS.items()):
         found = [quality(name, pair) for pair in pairs]
@@ -133,15 +133,12 @@ def estimator_figure() -> Figure:
         axis.set(xscale="log", yscale="log", xlabel="KL(ref ‖ pi), nats", title=title)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ROWS))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ESTIMATOR_COLOURS))
     return figure
 
 
-def write_figures(images: Path, page: Path) -> list[Path]:
-    """Draw all figures as PNG and SVG, write the table of estimators, and return the files."""
+def write_figures(images: Path) -> list[Path]:
+    """Draw all figures as PNG and SVG and return the files."""
     images.mkdir(parents=True, exist_ok=True)
-    page.parent.mkdir(parents=True, exist_ok=True)
     figures = {"figure1": landscape_figure(), "figure2": descent_figure()[0], "estimators": estimator_figure()}
-    written = [file for name, figure in figures.items() for file in write_figure(figure, images / name)]
-    write_atomic(page, table())
-    return [*written, page]
+    return [file for name, figure in figures.items() for file in write_figure(figure, images / name)]
