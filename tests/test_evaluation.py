@@ -1,5 +1,6 @@
 """The store, its resume, and the work queue: what a kill, a lost engine or a damaged file may not change."""
 
+import os
 import random
 import signal
 import subprocess
@@ -8,11 +9,14 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from stub_evaluation import PROBLEMS, SHARD, N, StubEngine, answer, draw, plan, run
 
 from rapo_verl import Failed, Refused
+from rapo_verl.evaluation import engines
 from rapo_verl.evaluation.spec import Plan, Sampling
 from rapo_verl.evaluation.store import ShardError, Store, read_stated
 from rapo_verl.evaluation.watch import look
@@ -233,3 +237,20 @@ def test_footer_states_what_the_shard_holds(tmp_path):
     stated, table = read_stated(path), drawn.store.read(path)
     assert stated["count"] == table.num_rows == N - 19 * SHARD == 3
     assert stated["tokens"] == sum(table["tokens"].to_pylist())
+
+
+def test_a_gpu_is_found_without_making_forks_useless_and_vllm_forks_none(monkeypatch):
+    # Seen on an H200: is_available poisons forks, vLLM forks its core, and that dies at its first call of CUDA.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("forks are useless now"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "x")
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
+    made = []
+    vllm, async_llm = ModuleType("vllm"), ModuleType("vllm.v1.engine.async_llm")
+    vllm.AsyncEngineArgs = lambda **arguments: made.append(arguments) or arguments
+    async_llm.AsyncLLM = SimpleNamespace(from_engine_args=lambda arguments: arguments)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.async_llm", async_llm)
+    monkeypatch.setattr(engines, "guard", lambda processes: None)
+    engines.VllmEngine(engines.EngineSpec("model", 8))
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn" and "dtype" not in made[0]

@@ -33,11 +33,15 @@ CPU_ENVIRONMENT = {
 }
 
 
+# vLLM forks its core unless this says otherwise; a process that has asked CUDA anything cannot be forked.
+GPU_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+
+
 def has_gpu() -> bool:
     """Return whether this machine has an accelerator that vLLM's CUDA build can use."""
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() > 0  # by NVML: is_available would make a later fork of this process useless
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,8 @@ class VllmEngine:
     """vLLM in this process (its core is a process of its own)."""
 
     def __init__(self, spec: EngineSpec):
-        if not has_gpu():
-            for name, value in CPU_ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
+        for name, value in (GPU_ENVIRONMENT if has_gpu() else CPU_ENVIRONMENT).items():
+            os.environ.setdefault(name, value)
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
