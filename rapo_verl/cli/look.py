@@ -67,6 +67,35 @@ def checkpoints(
     print(export_checkpoint(run, export, to or run / "export" / f"step_{export}"))
 
 
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    once: Annotated[Path | None, typer.Option(help="write the page to this HTML file and end")] = None,
+    text: Annotated[bool, typer.Option("--text", help="print it here and end; exit code 1 if an alarm holds")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of the page; 0: any that is free")] = 8765,
+    refresh: Annotated[int, typer.Option(min=1, help="seconds after which the page reads the folder again")] = 15,
+) -> None:
+    """Say how a run stands and whether it collapses, on a page of this machine's: docs/watching.md.
+
+    Example: rapo watch runs/toy_rapo_cpu --text
+    """
+    from rich.console import Console
+
+    from rapo_verl.report import watch as page
+    from rapo_verl.run.files import write_atomic
+
+    if once is None and not text:
+        page.serve(run, port, refresh)
+        return
+    shot = page.take(run)
+    if once is not None:
+        write_atomic(once, page.render(shot))
+        print(once)
+    if text:
+        page.show(shot, Console())
+        raise typer.Exit(1 if shot.alarms else 0)
+
+
 @app.command("inspect-batch")
 def inspect_batch(
     file: Annotated[Path, typer.Argument(help="bad_batches/step_N.pt of a run that stopped on NaN")],
