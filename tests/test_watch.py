@@ -106,13 +106,17 @@ def test_alarm_needs_three_records_and_knows_since_when():
     assert alarms([{**r, "step": i} for i, r in enumerate(run)]) == []  # it came back
 
 
-def test_breadth_alarm_compares_the_fewest_and_the_most_attempts():
-    run = history(records=2, **{"val/pass@k/aime/1": (0.1, 0.3), "val/pass@k/aime/16": (0.6, 0.5)})
-    (alarm,) = alarms(run)
-    assert alarm.name == "breadth" and "pass@16 fell from 0.600 to 0.500" in alarm.sentence
-    titles = [r.title for r in readings(run)]
-    assert titles == ["Validation, aime: pass@1", "Validation, aime: pass@16"]
-    assert alarms(history(records=2, **{"val/pass@k/aime/1": (0.1, 0.3), "val/pass@k/aime/16": (0.6, 0.58)})) == []
+@pytest.mark.parametrize(
+    "most, sounds", [((0.6, 0.55, 0.5, 0.4), True), ((0.6, 0.6, 0.6, 0.4), False), ((0.6, 0.4, 0.6, 0.58), False)]
+)
+def test_breadth_alarm_wants_two_validations_at_the_most_attempts(most, sounds):
+    names = "val/pass@k/aime/2", "val/pass@k/aime/16"
+    run = [{"step": 10 * i, names[0]: 0.1 * i, names[1]: value} for i, value in enumerate(most, 1)]
+    found = alarms(run)
+    assert [alarm.name for alarm in found] == ["breadth"] * sounds
+    if sounds:
+        assert found[0].since == 30 and "aime: pass@16 fell from 0.600 to 0.400" in found[0].sentence
+    assert [r.title for r in readings(run)] == ["Validation, aime: pass@2", "Validation, aime: pass@16"]
 
 
 @pytest.mark.parametrize("run", [[], history(records=1, **HEALTHY), history(records=3, x=1.0)])

@@ -1,7 +1,6 @@
 """`rapo watch`: one page of a run's folder, which may be in the middle of being written; it is only read."""
 
 import http.server
-import json
 import logging
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.text import Text
 from yaml import YAMLError
 
 from rapo_verl import Refused
+from rapo_verl.report.dumps import groups, newest_dump, samples
 from rapo_verl.run import folder
 from rapo_verl.run.lock import DEAD_SECONDS
 from rapo_verl.run.names import (
@@ -31,8 +31,6 @@ from rapo_verl.run.names import (
 )
 from rapo_verl.run.signs import FINE, WARN, WINDOW, Alarm, History, Reading, alarms, readings, series
 
-# Of a dump of training samples: bytes that are read of it, samples and characters that are shown.
-DUMP_BYTES, SAMPLES, CHARACTERS = 8 << 20, 3, 1500
 # A run is silent after so many of its own steps, and so many seconds, without a record.
 SILENT_STEPS, SILENT_SECONDS = 10, 600
 HOSTS = ("localhost", "127.0.0.1", "[::1]")
@@ -45,7 +43,7 @@ class Snapshot(NamedTuple):
         headline: how it stands, in one sentence; ``level`` says whether that is good.
         stages: of the mean step of the last records: name, seconds and share.
         facts: label and text each.
-        samples: "newest" and "worst" records of the newest dump, empty if the run keeps none.
+        samples: of the newest dump, by the title of their list; empty if the run keeps none.
     """
 
     name: str
@@ -78,7 +76,7 @@ def take(run: Path) -> Snapshot:
     sounding = alarms(history)
     headline, level = _stands(run, step, total, median, sounding)
     left = f", about {_duration((total - step) * median)} left" if total and median and step < total else ""
-    dump = _dump(config)
+    dump = newest_dump(config)
     return Snapshot(
         name=str(OmegaConf.select(config, "trainer.experiment_name") or run.resolve().name),
         headline=headline,
@@ -89,8 +87,8 @@ def take(run: Path) -> Snapshot:
         alarms=sounding,
         readings=readings(history),
         stages=_stages(history),
-        facts=[*_facts(history, median), *_groups(dump)],
-        samples=_samples(dump),
+        facts=[*_facts(history, median), *groups(dump)],
+        samples=samples(dump),
     )
 
 
@@ -141,7 +139,7 @@ def _stages(history: History) -> list[tuple[str, float, float]]:
     # Per step, also of what not every step has, a save for one.
     parts = {key: float(series(last, key)[1].sum()) / len(whole) for key in keys}
     mean = float(whole.mean())
-    named = [(key.removeprefix("timing_s/"), part, part / mean) for key, part in parts.items() if part > 0.005 * mean]
+    named = [(key.removeprefix("timing_s/"), part, part / mean) for key, part in parts.items() if part > 0.01 * mean]
     return sorted(named, key=lambda stage: -stage[1])
 
 
@@ -151,7 +149,7 @@ def _facts(history: History, median: float | None) -> list[tuple[str, str]]:
     for key, label, form in (
         ("perf/throughput", "Throughput", "{:,.0f} tokens / s and GPU"),
         ("perf/mfu/actor", "MFU of the update", "{:.1%}"),
-        ("actor/perf/max_memory_allocated_gb", "Accelerator memory, peak", "{:.1f} GB allocated"),
+        ("actor/perf/max_memory_allocated_gb", "Actor's memory, peak", "{:.1f} GB allocated"),
         ("actor/perf/cpu_memory_used_gb", "Host memory", "{:.1f} GB"),
         ("actor/lr", "Learning rate", "{:.2g}"),
     ):
@@ -163,57 +161,6 @@ def _facts(history: History, median: float | None) -> list[tuple[str, str]]:
         if key.startswith("rapo/verifier/") and len(values := series(last[-1:], key)[1]) and values[0]:
             counts.append(f"{values[0]:.0f} {key.rpartition('/')[2]}")
     return facts + ([("Verdicts of the last step", ", ".join(counts))] if counts else [])
-
-
-def _dump(config: DictConfig) -> list[dict[str, Any]]:
-    """Return the records of the newest dump of training samples (trainer.rollout_data_dir), whole lines alone."""
-    kept = OmegaConf.select(config, "trainer.rollout_data_dir")
-    files = [path for path in Path(kept).glob("*.jsonl") if path.stem.isdigit()] if kept else []
-    if not files:
-        return []
-    with max(files, key=lambda path: int(path.stem)).open("rb") as file:
-        lines = file.read(DUMP_BYTES).split(b"\n")
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # half a line, or bytes of half a character
-            continue
-        if isinstance(record, dict) and isinstance(record.get("score"), int | float):
-            records.append(record)
-    return records
-
-
-def _groups(dump: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    scores: dict[str, set[float]] = {}
-    for record in dump:
-        scores.setdefault(str(record.get("input")), set()).add(record["score"])
-    if not scores:
-        return []
-    flat = sum(len(found) == 1 for found in scores.values())
-    return [("Groups without spread", f"{flat} of {len(scores)}: their advantages are zero, they teach nothing")]
-
-
-def _samples(dump: list[dict[str, Any]]) -> dict[str, list[dict[str, str]]]:
-    """Return texts to show; they are a model's, and stay text."""
-
-    def told(record: dict[str, Any]) -> dict[str, str]:
-        verdict = record.get("verdict") or record.get("score")
-        summary = f"step {record.get('step')} · {verdict} · reward {record['score']:g} · right: {record.get('gts')}"
-        return {"summary": summary, "input": _cut(record.get("input")), "output": _cut(record.get("output"))}
-
-    worst = sorted(dump, key=lambda record: (record["score"], -len(str(record.get("output")))))
-    lists = {"Newest": dump[::-1], "Worst: least reward, then longest": worst}
-    # One of a problem.
-    firsts = {title: {str(r.get("input")): r for r in records[::-1]} for title, records in lists.items()}
-    return {title: [told(r) for r in list(found.values())[::-1][:SAMPLES]] for title, found in firsts.items() if found}
-
-
-def _cut(text: Any) -> str:
-    text, half = str(text), CHARACTERS // 2
-    return (
-        text if len(text) <= CHARACTERS else f"{text[:half]}\n … {len(text) - CHARACTERS} characters …\n{text[-half:]}"
-    )
 
 
 def curve(reading: Reading, *, width: int = 320, height: int = 96) -> Markup:

@@ -9,6 +9,8 @@ import numpy as np
 WINDOW = 5
 # Records in a row for which a rule must hold before it speaks.
 PERSIST = 3
+# Of pass@k under its first validation: more than the noise of a hundred problems.
+LOST = 0.05
 FINE, NOTE, WARN = "fine", "note", "warn"
 History = Sequence[Mapping[str, Any]]
 
@@ -94,7 +96,7 @@ def _entropy(t: Trend) -> tuple[str, str]:
 def _truncation(t: Trend) -> tuple[str, str]:
     told = f"{t.now:.1%} of the responses are cut off ({t.start:.1%} at the start, lately {t.way})"
     if t.now > 0.5:
-        return WARN, f"{told}: more than half; a cut response has no answer and earns nothing."
+        return WARN, f"{told}: more than half; a response that is cut before its answer earns nothing."
     if t.now > 0.1:
         return NOTE, f"{told}: over a tenth; a longer data.max_response_length, or look at what they say."
     return FINE, f"{told}."
@@ -176,7 +178,7 @@ def _validation(history: History, key: str) -> Reading:
     if not len(values):
         return Reading(title, "", steps, values, NOTE, "Never a finite value.")
     told = f"{values[-1]:.3f} at step {steps[-1]:.0f}, {values[0]:.3f} at the first, best {values.max():.3f}"
-    lost = values[-1] < values[0] - 0.05
+    lost = values[-1] < values[0] - LOST
     return Reading(title, "", steps, values, *((WARN, f"{told}: lost since.") if lost else (FINE, f"{told}.")))
 
 
@@ -220,17 +222,16 @@ def _start(values: np.ndarray) -> float:
 
 
 def _breadth(history: History) -> list[Alarm]:
-    """Return the alarm of validation that gains at one attempt and loses at the most attempts."""
-    by_source: dict[str, dict[int, str]] = {}
+    """Return the alarm of validation that has lost at the most attempts, twice in a row."""
+    most: dict[str, tuple[int, str]] = {}
     for key in _validated(history):
         source, _, k = key.rpartition("/")
         if key.startswith("val/pass@k/") and k.isdigit():
-            by_source.setdefault(source, {})[int(k)] = key
+            most[source] = max(most.get(source, (0, "")), (int(k), key))
     found = []
-    for source, keys in by_source.items():
-        (steps, one), (_, most) = series(history, keys[min(keys)]), series(history, keys[max(keys)])
-        if len(keys) > 1 and len(most) > 1 and one[-1] > one[0] and most[-1] < most[0] - 0.05:
-            name = source.rpartition("/")[2]
-            told = f"{name}: pass@{max(keys)} fell from {most[0]:.3f} to {most[-1]:.3f} while pass@{min(keys)} rose."
-            found.append(Alarm("breadth", int(steps[-1]), told))
+    for source, (attempts, key) in most.items():
+        steps, values = series(history, key)
+        if len(values) > 2 and (values[-2:] < values[0] - LOST).all():
+            told = f"{source.rpartition('/')[2]}: pass@{attempts} fell from {values[0]:.3f} to {values[-1]:.3f}."
+            found.append(Alarm("breadth", int(steps[-2]), told))
     return found

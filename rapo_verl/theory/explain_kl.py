@@ -188,8 +188,8 @@ READING = (
 BY_NAME = """\
 ## Other frameworks, by name
 
-`rapo explain-kl --setting NAME`. As their sources read in 2026 (NeMo-RL 006907a, TRL 00313f2, OpenRLHF 0.9, veRL
-0.9.1); veRL's are called, the others' formulas are written down in `estimator_table.OTHERS`. "Off": an error as above.
-The last column: with what part of the forward KL's force a mode is pulled back that has half of the reference's
+`rapo explain-kl --setting NAME`. As their sources read in 2026 (NeMo-RL 006907a, TRL 00313f2, OpenRLHF with its clamp,
+veRL 0.9.1); veRL's are called, the others' formulas are written down in `estimator_table.OTHERS`. "Off": an error as
+above. The last column: with what part of the forward KL's force a mode is pulled back that has half of the reference's
 mass and of which the policy kept 1 %; the reverse KL's is 0.093.
 """

@@ -36,7 +36,7 @@ def _one(title: str, place: str, estimator: str, words: str) -> Setting:
     return Setting(title, (Term(place, 1.0, estimator, words),))
 
 
-# By framework and option, as their sources read in 2026: NeMo-RL at 006907a, TRL at 00313f2 and OpenRLHF 0.9. The
+# By framework and option, as their sources read in 2026: NeMo-RL at 006907a, TRL at 00313f2, OpenRLHF clamping. The
 # estimators are written down here anew (`estimator_table.OTHERS`), the frameworks are not called.
 SETTINGS = {
     "trl-grpo": _one("TRL GRPO, beta > 0", "loss", "k3", "k3, not clamped"),
