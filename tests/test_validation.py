@@ -12,7 +12,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from rapo_verl.method.passk import pass_at_k
 from rapo_verl.run.folder import read_metrics
-from rapo_verl.training.trainer import RapoTrainerSync, validation_pass_at_k
+from rapo_verl.training.trainer import TRAINERS, validation_pass_at_k
 
 N = 16
 
@@ -47,7 +47,7 @@ def test_verl_best_at_k_differs_from_the_unbiased_estimate():
 
 
 def test_trainer_adds_pass_at_k_to_verl_metrics():
-    trainer = object.__new__(RapoTrainerSync)
+    trainer = object.__new__(TRAINERS["sync"])
     rollout = types.SimpleNamespace(val_kwargs=types.SimpleNamespace(n=N))
     trainer.config = types.SimpleNamespace(actor_rollout_ref=types.SimpleNamespace(rollout=rollout))
     sources, uids, correct = batch([1, 4])

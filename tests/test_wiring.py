@@ -53,7 +53,7 @@ from rapo_verl.training.rollout import (
     StrictReplayBufferAsync,
 )
 from rapo_verl.training.survival import SurvivalMixin
-from rapo_verl.training.trainer import RapoTrainerMixin, RapoTrainerSync
+from rapo_verl.training.trainer import TRAINERS, RapoTrainerMixin
 
 BROKEN = "rapo_test_broken_plugin"
 # What our modules may add to `import verl`, in seconds (rapo_verl/training/plugin.py).
@@ -310,7 +310,7 @@ def test_methods_we_override_are_defined_where_we_think():
     ):
         for name in names:
             assert name in vars(ours) and callable(getattr(theirs, name)), name
-    assert issubclass(RapoTrainerSync, PPOTrainer)
+    assert issubclass(TRAINERS["sync"], PPOTrainer)
 
 
 @pytest.mark.parametrize(

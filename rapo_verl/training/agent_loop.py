@@ -1,7 +1,8 @@
 """The agent loop at a third of its CPU time: one loop a worker, a prompt tokenized once, calls that arrive together.
 
 veRL builds an agent loop for each sample by Hydra, renders its prompt again for each of a group's samples, and asks the
-reward worker and the queue for each sample alone. What is asked, and what comes back, stays the same.
+reward worker and the queue for each sample alone. What is asked, and what comes back, stays the same. `rollout` uses it
+for samples of one turn, text only, judged by a function; all others go veRL's way.
 """
 
 import asyncio
@@ -67,8 +68,15 @@ class Together:
                 future.set_result(result)
 
 
+class _Here:
+    """Runs in this thread what veRL gives to another: a few tokens to merge, a prompt to render."""
+
+    async def run_in_executor(self, _: None, work: Callable[[], Any]) -> Any:
+        return work()
+
+
 class OneTurnLoop(SingleTurnAgentLoop):
-    """veRL's single-turn loop for all samples of a worker: it keeps nothing of a sample."""
+    """veRL's single-turn loop for all samples of a worker, text only: it keeps nothing of a sample."""
 
     @classmethod
     def of(cls, worker: Any) -> "OneTurnLoop":
@@ -88,36 +96,22 @@ class OneTurnLoop(SingleTurnAgentLoop):
             dataset_cls=worker.dataset_cls,
             data_config=DictConfigWrap(worker.config.data),
         )
+        # verl 0.9.1 experimental/agent_loop/agent_loop.py:335, 422: goes through a thread, twice for each sample.
+        loop.loop = _Here()
         loop._prompts = {}
         return loop
 
     _prompts: dict[str, list[int]]
 
-    async def ct_build_initial_tokens(self, messages: list[dict], tools: Any = None, **media: Any) -> list[int]:
-        """Return a prompt's tokens; a text's are made once for its group."""
-        # verl 0.9.1 experimental/agent_loop/agent_loop.py:318: goes through a thread for each sample.
-        if tools or any(value for name, value in media.items() if name != "mm_inputs_out"):
-            return await super().ct_build_initial_tokens(messages, tools=tools, **media)
+    async def ct_build_initial_tokens(self, messages: list[dict], *args: Any, **kwargs: Any) -> list[int]:
+        """Return a prompt's tokens, rendered once for its group."""
+        # verl 0.9.1 experimental/agent_loop/agent_loop.py:318: renders the prompt again for each sample.
         key = json.dumps(messages, default=str)
         if key not in self._prompts:
             if len(self._prompts) >= MOST_PROMPTS:
                 self._prompts.clear()
-            tokens = self.continuous_token_builder.build_initial_tokens(
-                messages, tools=None, images=None, videos=None, audios=None, mm_inputs_out=media.get("mm_inputs_out")
-            )
-            self._prompts[key] = self._cap_text_prompt_length(tokens)
+            self._prompts[key] = await super().ct_build_initial_tokens(messages, *args, **kwargs)
         return list(self._prompts[key])
-
-    async def ct_merge_assistant_token(
-        self, runtime_token_ids: list, assistant_token_ids: list, response_mask: list, response_logprobs: Any = None,
-        assistant_logprobs: Any = None,
-    ) -> Any:  # fmt: skip
-        """Append the response's tokens, in this thread (veRL: agent_loop.py:413)."""
-        merged = self.continuous_token_builder.merge_assistant_tokens(runtime_token_ids, assistant_token_ids)
-        aligned = self.continuous_token_builder.align_response_metadata(
-            merged, response_mask, response_logprobs, assistant_logprobs=assistant_logprobs
-        )
-        return merged, *aligned
 
 
 def is_single_turn(agent_name: str) -> bool:
@@ -135,10 +129,11 @@ def reward_batch(items: list[tuple[Any, dict]]) -> DataProto:
     """
     prompts = [torch.tensor(output.prompt_ids, dtype=torch.int64) for output, _ in items]
     responses = [torch.tensor(output.response_ids, dtype=torch.int64) for output, _ in items]
-    left = pad_sequence([p.flip(0) for p in prompts], batch_first=True).flip(1)
+    left = pad_sequence(prompts, batch_first=True, padding_side="left")
     right = pad_sequence(responses, batch_first=True)
-    seen = [pad_sequence([torch.ones_like(row) for row in rows], batch_first=True) for rows in (prompts, responses)]
-    mask = torch.cat([seen[0].flip(1), seen[1]], dim=1)
+    seen_left = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
+    seen_right = pad_sequence([torch.ones_like(r) for r in responses], batch_first=True)
+    mask = torch.cat([seen_left, seen_right], dim=1)
     batch = TensorDict(
         {
             "prompts": left,

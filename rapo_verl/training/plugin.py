@@ -7,6 +7,7 @@ ours, through ``VERL_USE_EXTERNAL_MODULES`` as well: veRL drops an entry point t
 
 import functools
 import os
+import sys
 
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
@@ -15,20 +16,14 @@ from rapo_verl.training.cpu_platform import CpuPlatform, VllmCpuFinder
 PlatformRegistry.register(platform="cpu")(CpuPlatform)
 
 
-def on_cpu() -> bool:
-    """Whether this process was told to run veRL on the ``cpu`` platform."""
-    return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
-
-
 def _prepare_cpu_process() -> None:
-    VllmCpuFinder.install()
+    sys.meta_path.append(VllmCpuFinder())
     # verl 0.9.1 utils/distributed.py:87: composes the backend as "cpu:gloo,<device>:<backend>", here
     # "cpu:gloo,cpu:gloo", which torch refuses. The function takes a backend; its callers do not pass one.
     import verl.utils.distributed as distributed
 
     init = distributed.initialize_global_process_group_ray
-    if not isinstance(init, functools.partial):
-        distributed.initialize_global_process_group_ray = functools.partial(init, backend="cpu:gloo")
+    distributed.initialize_global_process_group_ray = functools.partial(init, backend="cpu:gloo")
 
 
 def register_trainers() -> None:
@@ -42,5 +37,5 @@ def register_trainers() -> None:
     TRAINER_REGISTRY.update(TRAINERS)
 
 
-if on_cpu():
+if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
     _prepare_cpu_process()

@@ -4,11 +4,11 @@ Used by every run of ours, veRL's built-in GRPO included, so that comparisons sh
 sample is worth.
 """
 
-import asyncio
 import os
 import random
 import time
 import traceback
+from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         # Not superfluous: Ray 2.60 rewraps an inherited __init__ of an async actor, whose super() then fails.
         super().__init__(*args, **kwargs)
         self._loop = OneTurnLoop.of(self)
-        self._scored, self._stored = Together(self._score), Together(self._store)
+        self._finished = Together(self._finish)
 
     @cached_property
     def _async(self) -> bool:
@@ -52,7 +52,7 @@ class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
 
     @cached_property
     def _plain(self) -> bool:
-        """Whether samples are text, judged by a function: these are scored and put together."""
+        """Whether samples are text, judged by a function."""
         return not (self.distillation_enabled or self.config.reward.reward_model.enable) and self.processor is None
 
     async def _run_agent_loop(self, sampling_params: dict, trajectory: dict, **kwargs: Any) -> Any:
@@ -75,73 +75,72 @@ class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         # verl 0.9.1 experimental/agent_loop/agent_loop.py:661: here without a loop of its own for each sample.
         fields = {name: value for name, value in kwargs.items() if name not in ("agent_name", "trace")}
         output = await self._loop.run(sampling_params, **fields)
-        return await self._agent_loop_postprocess(output, validate, **fields)
+        if not (output.response_ids and self.reward_loop_worker_handles):
+            return await self._agent_loop_postprocess(output, validate, **fields)
+        # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:160: scores and stores each sample by itself.
+        return await self._finished(("val" if validate else "train", output, fields))
+
+    async def _finish(self, samples: list[tuple[str, Any, dict]]) -> list[Exception | None]:
+        """Score samples and put them into the queue, each in one call; return what was raised of each."""
+        for _, output, _ in samples:
+            self._note_length(output)
+        started = time.monotonic()
+        results = await self._scored([(output, fields) for _, output, fields in samples])
+        alike: dict[tuple, list] = defaultdict(list)
+        for (partition, output, fields), result in zip(samples, results, strict=True):
+            if isinstance(result, Exception):
+                self._record_failure(result, output, fields)
+                continue
+            output.reward_score = result["reward_score"]
+            output.extra_fields["reward_extra_info"] = result["reward_extra_info"]
+            output.metrics.compute_score = time.monotonic() - started
+            key, row, tag = queue_row(output, fields)
+            alike[(partition, *row)].append((key, row, tag))
+        for (partition, *_), group in alike.items():
+            keys, rows, tags = (list(column) for column in zip(*group, strict=True))
+            await tq.async_kv_batch_put(
+                keys=keys, fields=list_of_dict_to_tensordict(rows), tags=tags, partition_id=partition
+            )
+        return [result if isinstance(result, Exception) else None for result in results]
+
+    async def _scored(self, items: list[tuple[Any, dict]]) -> list[Any]:
+        """Return the reward record of each sample, or what its reward function raised."""
+        worker = random.choice(self.reward_loop_worker_handles)
+        try:
+            return await worker.compute_score_batch.remote(reward_batch(items))
+        except Exception as error:  # of one of them: each alone, so that it is raised for its own sample
+            if len(items) == 1:
+                return [error]
+            return [result for item in items for result in await self._scored([item])]
 
     async def _compute_score(self, outputs: list, kwargs: dict) -> None:
         # verl 0.9.1 experimental/agent_loop/agent_loop.py:967: agent_loop_tq.py:133 logs what it raises and goes on.
-        # The reward function gets the response as text (naive.py:50); what only tokens tell goes the way of
-        # extra_fields, which naive.py:46 merges into its extra_info.
-        final, limit = outputs[-1], int(self.rollout_config.response_length)
-        length = len(final.response_ids)
-        ended = length > 0 and final.response_ids[-1] == self.tokenizer.eos_token_id
-        final.extra_fields.update(
-            {RESPONSE_TOKENS: length, RESPONSE_LIMIT: limit, TRUNCATED: length >= limit and not ended}
-        )
+        self._note_length(outputs[-1])
         try:
-            if len(outputs) > 1 or not (self._plain and self.reward_loop_worker_handles and length):
-                await super()._compute_score(outputs, kwargs)
-            elif final.reward_score is None:
-                started = time.monotonic()
-                result = await self._scored((final, kwargs))
-                final.reward_score = result["reward_score"]
-                final.extra_fields["reward_extra_info"] = result["reward_extra_info"]
-                final.metrics.compute_score = time.monotonic() - started
-        except Exception:  # recorded with its sample, then raised again
-            self._record_failure(outputs[-1], kwargs)
+            await super()._compute_score(outputs, kwargs)
+        except Exception as error:  # recorded with its sample, then raised again
+            self._record_failure(error, outputs[-1], kwargs)
             raise
 
-    async def _score(self, items: list[tuple[Any, dict]]) -> list[Any]:
-        worker = random.choice(self.reward_loop_worker_handles)
-        if len(items) == 1:
-            return [await worker.compute_score.remote(reward_batch(items))]
-        try:
-            return await worker.compute_score_batch.remote(reward_batch(items))
-        except Exception:  # of one of them: each alone, so that it is raised for its own sample
-            results = await asyncio.gather(*(self._score([item]) for item in items), return_exceptions=True)
-            return [result if isinstance(result, BaseException) else result[0] for result in results]
+    def _note_length(self, output: Any) -> None:
+        """Tell the reward function what only tokens tell: veRL gives it the response as text (naive.py:50)."""
+        # Through extra_fields, which naive.py:46 merges into its extra_info.
+        length, limit = len(output.response_ids), int(self.rollout_config.response_length)
+        ended = length > 0 and output.response_ids[-1] == self.tokenizer.eos_token_id
+        output.extra_fields.update(
+            {RESPONSE_TOKENS: length, RESPONSE_LIMIT: limit, TRUNCATED: length >= limit and not ended}
+        )
 
-    async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:
-        # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:160: for the queue, many samples are one call.
-        if isinstance(output, list) or not self._plain or not output.response_ids:
-            await super()._agent_loop_postprocess(output, validate, **kwargs)
-            return
-        await self._compute_score([output], kwargs)
-        await self._stored(("val" if validate else "train", *queue_row(output, kwargs)))
-
-    async def _store(self, rows: list[tuple[str, str, dict, dict]]) -> list[None]:
-        alike: dict[tuple, list] = {}
-        for row in rows:
-            alike.setdefault((row[0], *row[2]), []).append(row)  # a partition and the names of the fields
-        for (partition, *_), group in alike.items():
-            _, keys, fields, tags = zip(*group, strict=True)
-            await tq.async_kv_batch_put(
-                keys=list(keys),
-                fields=list_of_dict_to_tensordict(list(fields)),
-                tags=list(tags),
-                partition_id=partition,
-            )
-        return [None] * len(rows)
-
-    def _record_failure(self, output: Any, kwargs: dict) -> None:
+    def _record_failure(self, error: Exception, output: Any, fields: dict) -> None:
         path = failure_path()
         if path is None or path.exists():
             return
         write_atomic(
             path,
-            f"{traceback.format_exc()}\n"
-            f"data_source: {kwargs.get('data_source')}\n"
-            f"reward_model: {kwargs.get('reward_model')}\n"
-            f"extra_info: {kwargs.get('extra_info')}\n"
+            f"{''.join(traceback.format_exception(error))}\n"
+            f"data_source: {fields.get('data_source')}\n"
+            f"reward_model: {fields.get('reward_model')}\n"
+            f"extra_info: {fields.get('extra_info')}\n"
             f"prompt: {self.tokenizer.decode(output.prompt_ids)!r}\n"
             f"response: {self.tokenizer.decode(output.response_ids)!r}\n",
         )

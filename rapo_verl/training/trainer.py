@@ -109,20 +109,10 @@ class RapoTrainerMixin(SurvivalMixin, PPOTrainer):
         super()._dump_generations(**kwargs)
 
 
-class RapoTrainerSync(RapoTrainerMixin, PPOTrainerSync):
-    """On veRL's synchronous trainer."""
-
-
-class RapoTrainerColocateAsync(RapoTrainerMixin, PPOTrainerColocateAsync):
-    """On veRL's trainer that samples ahead on the same GPUs."""
-
-
-class RapoTrainerSeparateAsync(RapoTrainerMixin, PPOTrainerSeparateAsync):
-    """On veRL's trainer that samples on GPUs of its own."""
-
-
+# One class a mode, registered under veRL's name of it and under ours: RapoTrainerSync and so on.
 TRAINERS = {
     prefix + mode: trainer
-    for mode, trainer in zip(MODES, (RapoTrainerSync, RapoTrainerColocateAsync, RapoTrainerSeparateAsync))
+    for mode, theirs in zip(MODES, (PPOTrainerSync, PPOTrainerColocateAsync, PPOTrainerSeparateAsync))
+    for trainer in [type(f"Rapo{theirs.__name__.removeprefix('PPO')}", (RapoTrainerMixin, theirs), {})]
     for prefix in ("", RAPO_PREFIX)
 }
