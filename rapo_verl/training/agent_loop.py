@@ -36,36 +36,26 @@ class Together:
 
     def __init__(self, work: Callable[[list], Awaitable[list]]):
         self._work = work
-        self._waiting: list[tuple[Any, asyncio.Future]] = []
-        self._running: set[asyncio.Task] = set()
+        self._waiting: tuple[list, asyncio.Task] | None = None
 
     async def __call__(self, item: Any) -> Any:
         """Return this item's result."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future = loop.create_future()
-        if not self._waiting:
-            loop.call_later(WAIT_S, self._start)
-        self._waiting.append((item, future))
-        return await future
+        if self._waiting is None:
+            self._waiting = [], asyncio.create_task(self._run())
+        items, task = self._waiting
+        place = len(items)
+        items.append(item)
+        # Shielded: the others still wait for it.
+        result = (await asyncio.shield(task))[place]
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
-    def _start(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        task = asyncio.create_task(self._run(waiting))
-        self._running.add(task)  # asyncio itself keeps no reference
-        task.add_done_callback(self._running.discard)
-
-    async def _run(self, waiting: list[tuple[Any, asyncio.Future]]) -> None:
-        try:
-            results = await self._work([item for item, _ in waiting])
-        except Exception as error:  # the callers' to handle, each of them
-            results = [error] * len(waiting)
-        for (_, future), result in zip(waiting, results, strict=True):
-            if future.cancelled():
-                continue
-            if isinstance(result, BaseException):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
+    async def _run(self) -> list:
+        await asyncio.sleep(WAIT_S)
+        assert self._waiting is not None
+        (items, _), self._waiting = self._waiting, None
+        return await self._work(items)
 
 
 class _Here:

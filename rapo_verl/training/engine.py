@@ -39,9 +39,6 @@ def response_positions(sequences: Any, responses: Any) -> torch.Tensor:
     Args:
         sequences: jagged (batch, prompt + response).
         responses: jagged (batch, response), its tokens the last of each sequence.
-
-    Returns:
-        Shape (response tokens), int64, in the order of ``responses.values()``.
     """
     ends, starts, lengths = sequences.offsets()[1:], responses.offsets()[:-1], responses.offsets().diff()
     first = torch.repeat_interleave(ends - 1 - lengths - starts, lengths)
@@ -74,10 +71,6 @@ def run_head(
         index: `response_index`, laid out as the logits are.
         micro_batch: as above.
         group: process group over which the vocabulary is split, or None.
-
-    Raises:
-        RuntimeError: labels and index are laid out differently, so that targets would belong to other tokens.
-        ValueError: from the head.
     """
     check_layout(labels, index, micro_batch)
     rows, token = index > 0, (index - 1).clamp_min(0)
@@ -99,7 +92,7 @@ def run_head(
 
 
 def check_layout(labels: torch.Tensor, index: torch.Tensor, micro_batch: TensorDict) -> None:
-    """Raise RuntimeError if veRL's labels and our `response_index` are not of the same tokens."""
+    """Raise RuntimeError if veRL's labels and our `response_index` are not of the same tokens, as targets would be."""
     rows = index > 0
     if not torch.equal(labels[rows], micro_batch["responses"].values()[index[rows] - 1]):
         raise RuntimeError(
@@ -123,8 +116,8 @@ def check_linear(config: Any, bias: Any) -> None:
     """Raise ValueError if a model's logits are more than hidden states times a weight.
 
     Args:
-        config: Hugging Face config of the model.
-        bias: of its head, or None.
+        config: of Hugging Face.
+        bias: of the model's head, or None.
     """
     changes = ["a bias"] * (bias is not None) + logit_changes(config.to_dict())
     if changes:
@@ -136,7 +129,11 @@ def check_linear(config: Any, bias: Any) -> None:
 
 
 class HeadSwitch:
-    """What `worker` may tell an engine of ours once its model is built; stands before veRL's engine."""
+    """What `worker` may tell an engine of ours once its model is built; stands before veRL's engine.
+
+    Each has a `use_linear_head`: from then on every pass, none of which has a gradient, goes from hidden states to
+    log-probs.
+    """
 
     own_head = False  # whether each pass takes RAPO's, also where veRL's would do
     _linear = False
@@ -146,10 +143,6 @@ class HeadSwitch:
         if "rapo_top_k" in micro_batch or FIELDS[0] in micro_batch:
             return True
         return self.own_head and not self._linear
-
-    def use_linear_head(self) -> None:
-        """Let every pass of this engine, which has none with a gradient, go from hidden states to log-probs."""
-        raise NotImplementedError
 
 
 class RapoFSDPEngine(HeadSwitch, FSDPEngineWithLMHead):

@@ -66,9 +66,8 @@ class GuardMixin(PPOTrainer):
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1827: the last moment before the optimizer steps.
         self._refuse_non_finite(batch, FIELDS)
         batch = super()._update_actor(batch, metrics)
-        # FSDP goes on after a step that it left out ; our Megatron
-        # engine raises before it. Nothing of such a step is saved.
         # verl 0.9.1 workers/engine/fsdp/transformer_impl.py:823: leaves out a step on a non-finite norm, and goes on.
+        # Our Megatron engine raises before it.
         if bad := non_finite_metrics(metrics):
             self._stop_on(batch, f"after the update, {', '.join(bad)}")
         return batch

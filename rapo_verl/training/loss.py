@@ -34,9 +34,9 @@ def rapo_policy_loss(
         model_output: ``log_probs``, optionally ``entropy``, and for a per-token estimator ``forward_kl``, jagged
             (batch, prompt + response), nats.
         data: micro-batch with ``old_log_probs``, ``ref_log_prob``, ``advantages``, ``response_mask``, jagged
-            (batch, response), and `PHI`.
-        dp_group: unused, part of the signature.
-        rapo: the settings of RAPO; alpha > 0.
+            (batch, response), and `PHI`. NaN in it has stopped the step before (`guards`).
+        dp_group: unused.
+        rapo: the settings; alpha > 0.
 
     Returns:
         Scalar loss (scaled for veRL's global-batch normalisation) and metrics ``rapo/*`` beside veRL's.

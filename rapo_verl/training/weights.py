@@ -20,10 +20,7 @@ VERL_PREFIX = "ipc:///tmp/rl-colocate-zmq-"
 
 
 def socket_of_run(handle: str) -> str:
-    """Return veRL's socket path with a mark of this run's folder in it.
-
-    Args:
-        handle: veRL's path, ``ipc:///tmp/rl-colocate-zmq-<job>-replica-<r>-rank-<k>.sock``.
+    """Return veRL's ``ipc:///tmp/rl-colocate-zmq-<job>-replica-<r>-rank-<k>.sock`` with a mark of this run in it.
 
     Raises:
         RuntimeError: veRL names its socket otherwise, or this process belongs to no run: the two ends would not meet.

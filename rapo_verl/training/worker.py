@@ -57,15 +57,16 @@ class RapoWorker(DetachActorWorker):
                 )
         if fused and self.ref is not None:
             self.ref.engine.use_linear_head()
-        if self.rapo.enabled and self._is_actor:
+        coef = self.rapo.forward_kl.samples_coef
+        if not self._is_actor or not (self.rapo.enabled or coef):
+            return
+        if self.rapo.enabled:
             # use_kl_loss made veRL build the reference; its reverse-KL term is left out of the loss.
             actor = OmegaConf.merge(self.config.actor, {"use_kl_loss": False})
             self.loss_fn = partial(rapo_policy_loss, config=omega_conf_to_dataclass(actor), rapo=self.rapo)
-            self.actor.set_loss_fn(self.loss_fn)
-        if self.rapo.forward_kl.samples_coef > 0 and self._is_actor:
-            coef = self.rapo.forward_kl.samples_coef
+        if coef:
             self.loss_fn = partial(with_reference_answers, policy_loss=self.loss_fn, coef=coef)
-            self.actor.set_loss_fn(self.loss_fn)
+        self.actor.set_loss_fn(self.loss_fn)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def update_actor(self, data: TensorDict) -> TensorDict | None:
@@ -81,13 +82,10 @@ class RapoWorker(DetachActorWorker):
         """Return ``log_probs`` of the reward-reweighted reference, jagged (batch, prompt + response), nats.
 
         With it phi of each response, shape (batch,), as `loss.PHI`, and for the per-token estimators the `FIELDS` of
-        its next-token distributions, jagged (batch, response[, k]).
+        its next-token distributions, jagged (batch, response[, k]). None on ranks without outputs.
 
         Args:
             data: batch with ``rm_scores``, jagged (batch, response): the reward of a response is its sum.
-
-        Returns:
-            veRL's output, or None on ranks without outputs.
         """
         # verl 0.9.1 workers/engine_workers.py:696: the same pass, at one temperature for all.
         return self._reweighted(super().compute_ref_log_prob, data)
@@ -131,14 +129,11 @@ def reweighted_output(output: TensorDict, data: TensorDict, phi: torch.Tensor, r
 
     Args:
         output: ``log_probs`` and `engine.FIELDS`, jagged (batch, prompt + response[, ...]), at the
-            rollout's temperature.
+            rollout's temperature. For a per-token estimator `FIELDS` come back as a `Target` of the response tokens,
+            jagged (batch, response[, k]).
         data: the batch, with ``responses`` and ``response_mask``, jagged (batch, response).
-        phi: phi of each response, shape (batch,).
-        rapo: the settings of RAPO.
-
-    Returns:
-        ``log_probs`` of the reweighted reference in the same layout and, for a per-token estimator, `FIELDS` as a
-        `Target` of the response tokens, jagged (batch, response[, k]).
+        phi: of each response, shape (batch,).
+        rapo: the settings.
     """
     mask, responses = data["response_mask"].cpu(), data["responses"].cpu()
     lengths = responses.offsets().diff()
