@@ -30,15 +30,14 @@ def _end(gone: set[str]) -> None:
 def actors_watched(end: Callable[[set[str]], None] = _end) -> Iterator[None]:
     """Watch the named actors of this Ray job, in a thread, while the body runs.
 
-    Not every loss reaches the trainer as an exception: prompts are sent to rollout actors and forgotten (verl 0.9.1
-    trainer/ppo/v1/agent_loop_tq.py:104), and a weight sync waits in a socket for a vLLM server that is gone
-    (workers/rollout/vllm_rollout/bucketed_weight_transfer.py:195).
+    Not every loss reaches the trainer as an exception.
 
     Args:
         end: called once with the names of the dead, at the second look that misses them, so that an exception that
             says more comes first. By default it ends this process, and with it the run.
     """
-    # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:104: sends a prompt to an actor and forgets it.
+    # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:104: sends a prompt to an actor and forgets it. Likewise
+    # workers/rollout/vllm_rollout/bucketed_weight_transfer.py:195 waits in a socket for a vLLM server that is gone.
     stop = threading.Event()
 
     def watch() -> None:
