@@ -67,7 +67,9 @@ def compose_config(overrides: list[str]) -> DictConfig:
                 config[key] = str(Path(config[key]).absolute())
         if config.trainer.experiment_name == "gsm8k":  # veRL's default
             config.trainer.experiment_name = choice or "rapo"
-        loggers = [config.trainer.logger] if isinstance(config.trainer.logger, str) else list(config.trainer.logger)
+        loggers = (
+            [config.trainer.logger] if isinstance(config.trainer.logger, str) else list(config.trainer.logger or ())
+        )
         # Progress bar, watchdog and curves read this file: a run without it would be taken for one that hangs.
         config.trainer.logger = loggers if "file" in loggers else [*loggers, "file"]
     OmegaConf.resolve(config)

@@ -108,6 +108,9 @@ def problems_of_data(config: DictConfig) -> list[str]:
     for key in ("train_files", "val_files"):
         files = config.data[key]
         rows = 0
+        if not files:
+            found.append(f"data.{key} is {files}; give a file of problems, or a list of them")
+            continue
         for file in files if isinstance(files, list | ListConfig) else [files]:
             problems, count = _read(f"data.{key}: {file}", Path(str(file)).expanduser(), config)
             found += problems

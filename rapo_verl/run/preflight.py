@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import traceback
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -164,7 +165,10 @@ def _verls_own(config: DictConfig) -> list[str]:
             try:
                 ask()
             except (AssertionError, ValueError, TypeError, NotImplementedError, HydraException) as error:
-                found.append(f"veRL refuses {what}: {' '.join(str(error.__cause__ or error).split())[:500]}")
+                # An assertion of veRL's without a message is told by its line.
+                cause = error.__cause__ or error
+                said = str(cause) or traceback.extract_tb(cause.__traceback__)[-1].line or ""
+                found.append(f"veRL refuses {what}: {' '.join(said.split())[:500]}")
             except OmegaConfBaseException as error:
                 found.append(f"veRL refuses {what}: {' '.join(str(error).split())[:500]}")
     return found

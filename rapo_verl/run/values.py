@@ -3,7 +3,9 @@
 What keys may not hold together stands in `rapo_verl.run.combinations`.
 """
 
-from collections.abc import Iterator
+import contextlib
+import importlib
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -32,7 +34,9 @@ BOUNDS: dict[str, Any] = {
             f"{_ROLLOUT}.tensor_model_parallel_size",
             f"{_ROLLOUT}.data_parallel_size",
             f"{_ROLLOUT}.max_num_seqs",
+            f"{_ROLLOUT}.max_num_batched_tokens",
             f"{_ROLLOUT}.agent.num_workers",
+            "actor_rollout_ref.nccl_timeout",
             "reward.num_workers",
             "trainer.nnodes",
             "trainer.n_gpus_per_node",
@@ -60,7 +64,8 @@ BOUNDS: dict[str, Any] = {
     # -1 switches off, as does any number below 1.
     **dict.fromkeys(("trainer.save_freq", "trainer.test_freq", f"{_ROLLOUT}.top_k"), Whole),
     "trainer.max_actor_ckpt_to_keep": Whole | None,
-    "data.dataloader_num_workers": Natural,
+    **dict.fromkeys(("data.seed", f"{_ROLLOUT}.seed"), Whole | None),
+    **dict.fromkeys(("data.dataloader_num_workers", "actor_rollout_ref.model.lora_rank"), Natural),
     **dict.fromkeys(
         (
             f"{_ACTOR}.optim.lr",
@@ -84,6 +89,18 @@ BOUNDS: dict[str, Any] = {
 }
 # veRL 0.9.1 trainer/ppo/v1/trainer_base.py:853 logs another one and goes on with a name that it has not got.
 RESUME_MODES = ("auto", "disable", "resume_path")
+# Where veRL has no registry: its code compares with these and takes anything else for a default, or fails late.
+_PRECISIONS = ("bfloat16", "bf16", "float16", "fp16", "float32", "fp32")
+NAMES = {
+    "trainer.resume_mode": RESUME_MODES,
+    "trainer.device": ("cuda", "npu", "cpu"),
+    "data.truncation": ("error", "left", "right", "middle"),
+    "algorithm.rollout_correction.rollout_is": ("token", "sequence", None),
+    f"{_ROLLOUT}.mode": ("async",),
+    f"{_ROLLOUT}.dtype": (*_PRECISIONS[::2], "auto", "half", "float"),
+    f"{_ACTOR}.fsdp_config.model_dtype": _PRECISIONS,
+    f"{_ACTOR}.fsdp_config.dtype": _PRECISIONS,
+}
 # What a key of veRL's config before 0.9 is called now; it still composes, and its trainer never reads it.
 RENAMED = {
     "custom_reward_function": "reward.custom_reward_function",
@@ -141,25 +158,36 @@ def _type_of(key: str, default: Any) -> Any:
 def wrong_names(config: DictConfig) -> dict[str, str]:
     """Return the names that veRL does not know, by key. Costs an ``import verl``; veRL's own registries are asked."""
     import torch
+    from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
+    from verl.experimental.reward_loop.reward_manager.registry import REWARD_MANAGER
     from verl.trainer.ppo import core_algos
     from verl.utils.tracking import Tracking
     from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 
     actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
-    names = {
-        "algorithm.adv_estimator": (algorithm.adv_estimator, core_algos.ADV_ESTIMATOR_REGISTRY),
-        f"{_ACTOR}.policy_loss.loss_mode": (actor.policy_loss.loss_mode, core_algos.POLICY_LOSS_REGISTRY),
-        f"{_ROLLOUT}.name": (config.actor_rollout_ref.rollout.name, dict.fromkeys(n for n, _ in _ROLLOUT_REGISTRY)),
-        "trainer.resume_mode": (config.trainer.resume_mode, RESUME_MODES),
-        **{
-            f"trainer.logger[{i}]": (name, [*Tracking.supported_backend, "tracking"])
-            for i, name in enumerate(config.trainer.logger)
-        },
+    allowed: dict[str, Collection[Any]] = {
+        **NAMES,
+        "algorithm.adv_estimator": core_algos.ADV_ESTIMATOR_REGISTRY,
+        f"{_ACTOR}.policy_loss.loss_mode": core_algos.POLICY_LOSS_REGISTRY,
+        f"{_ROLLOUT}.name": dict.fromkeys(name for name, _ in _ROLLOUT_REGISTRY),
     }
+    if config.reward.reward_manager.source == "register":
+        allowed["reward.reward_manager.name"] = REWARD_MANAGER
+    if not config.actor_rollout_ref.rollout.agent.agent_loop_config_path:
+        allowed[f"{_ROLLOUT}.agent.default_agent_loop"] = _agent_loop_registry
+    if implementation := actor.optim.get("optimizer_impl"):
+        with contextlib.suppress(ImportError):  # of a package that is not here, nothing can be said
+            module = vars(importlib.import_module(implementation))
+            allowed[f"{_ACTOR}.optim.optimizer"] = [name for name, it in module.items() if isinstance(it, type)]
+    names = {key: (OmegaConf.select(config, key), among) for key, among in allowed.items()}
+    loggers = [*Tracking.supported_backend, "tracking"]
+    names |= {f"trainer.logger[{i}]": (name, loggers) for i, name in enumerate(config.trainer.logger)}
+    if "fsdp_config" not in actor:
+        names = {key: value for key, value in names.items() if ".fsdp_config." not in key}
     found = {
-        key: f"{key} is {got!r}; allowed: {', '.join(allowed)}"
-        for key, (got, allowed) in names.items()
-        if got not in allowed
+        key: f"{key} is {got!r}; allowed: {', '.join('null' if name is None else name for name in among)}"
+        for key, (got, among) in names.items()
+        if got not in among
     }
     penalties = [(f"{_ACTOR}.kl_loss_type", actor.kl_loss_type)] * bool(actor.use_kl_loss)
     penalties += [("algorithm.kl_penalty", algorithm.kl_penalty)] * bool(algorithm.use_kl_in_reward)
