@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rapo_verl.cluster import board, checks
+from rapo_verl.cluster import board
 from rapo_verl.cluster.board import Board
 from rapo_verl.cluster.checks import check_node, disagreements
 from rapo_verl.cluster.facts import Facts
 from rapo_verl.cluster.ray_node import BLOCK, FIRST_PORT, SLOTS, RayNodeError, claim_ports, node_ip, ray_folder
+from rapo_verl.plan import card
 from rapo_verl.run import names as codes
 
 
@@ -130,7 +131,7 @@ def test_whatever_nvidia_smi_does_is_a_line_of_the_table(tmp_path, monkeypatch, 
     smi = tmp_path / "nvidia-smi"
     smi.write_text(f"#!/bin/bash\n{script}\n")
     smi.chmod(0o755)
-    monkeypatch.setattr(checks, "SMI_SECONDS", 1)
+    monkeypatch.setattr(card, "SMI_SECONDS", 1)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("RAPO_GPUS_PER_NODE", "1")
     wrong = {f.what: f.found for f in check_node(Facts.read()) if not f.ok and f.what.startswith(("driver", "GPU"))}

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from rapo_verl import Refused
 from rapo_verl.cli import app
-from rapo_verl.plan.cost import GPUS, Assumed, card, cost, forward_flops
+from rapo_verl.plan.card import GPUS, card
+from rapo_verl.plan.cost import Assumed, cost, forward_flops
 from rapo_verl.plan.job import job_of, violations
 from rapo_verl.plan.memory import (
     GIB,
@@ -351,12 +352,14 @@ def test_plan_takes_the_card_that_is_there(tmp_path, monkeypatch, config, capsys
     assert "the card here" in " ".join(text.split()) and ("not known for this card" in text) == (tflops is None)
 
 
-@pytest.mark.parametrize("script", ["exit 1", "echo No devices were found", "exec sleep 60"])
+@pytest.mark.parametrize(
+    "script", ["exit 1", "echo No devices were found", "exec sleep 60", "trap '' TERM; while :; do sleep 1; done"]
+)
 def test_without_a_card_that_answers_an_h100_is_planned_and_said(tmp_path, monkeypatch, script):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr("rapo_verl.plan.cost.SMI_SECONDS", 0.5)
+    monkeypatch.setattr("rapo_verl.plan.card.SMI_SECONDS", 0.5)
     assert card(None).memory_gib == 79.6 and "no card here" in card(None).name
     assert card("H200").memory_gib == 140.4
 

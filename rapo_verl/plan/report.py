@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from rapo_verl.plan.cost import Assumed, Cost, Gpu, card, cost
+from rapo_verl.plan.card import Gpu, card
+from rapo_verl.plan.cost import Assumed, Cost, cost
 from rapo_verl.plan.job import Job, job_of, violations
 from rapo_verl.plan.memory import GIB, Memory, memory, trained_parameters
 from rapo_verl.plan.model import ModelShape, shape_of
