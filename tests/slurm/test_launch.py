@@ -271,7 +271,7 @@ def test_container_wraps_the_agent_and_not_slurm(cluster):
 
 def test_every_script_is_accepted_by_slurm(cluster):
     scripts = sorted((CLONE / "slurm").glob("*_*.sh"))
-    assert len(scripts) == 10
+    assert len(scripts) == 11
     for script in scripts:
         cluster.run("sbatch", "--test-only", str(script))
 
