@@ -13,6 +13,7 @@ import torch
 from verl.workers.rollout.vllm_rollout import ServerAdapter
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from rapo_verl.run.names import RUN_DIR_VARIABLE
 
@@ -73,3 +74,8 @@ class CpuWorkerExtension(RunWorkerExtension):
         # Cloned: the bucket is shared memory that the sender writes again.
         receiver.receive_weights(lambda bucket, _last: weights.extend((name, t.clone()) for name, t in bucket))
         self.model_runner.reload_weights(weights_iterator=iter(weights))
+        # A head tied to the embedding gets no weights of its own, so that vLLM 0.28's reload does not repack it
+        # (model_executor/model_loader/reload/layerwise.py): it would sample from what it was packed from at the start.
+        for layer in self.model_runner.get_model().modules():
+            if isinstance(layer, VocabParallelEmbedding):
+                layer.quant_method.process_weights_after_loading(layer)
