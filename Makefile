@@ -1,10 +1,12 @@
-# make demo: install and run the main job on this machine's CPU. make test: install and pass the tests.
+# make demo: install and run the main job on this machine's CPU. make test: install and pass the tests. make gpu: install
+# for an NVIDIA GPU, into a virtual environment of its own.
 PYTHON ?= python3
 VENV ?= .venv
 LOCK := requirements/cpu.txt
 STAMP := $(VENV)/.installed
+GPU_VENV ?= .venv-gpu
 
-.PHONY: demo install test test-slow test-slurm check
+.PHONY: demo install gpu test test-slow test-slurm check
 
 demo: $(STAMP)
 	$(VENV)/bin/rapo demo --out runs/demo
@@ -13,6 +15,12 @@ install: $(STAMP)
 
 $(STAMP): $(LOCK) requirements/install.sh pyproject.toml
 	@requirements/install.sh $(PYTHON) $(VENV) $(LOCK)
+	@touch $@
+
+gpu: $(GPU_VENV)/.installed
+
+$(GPU_VENV)/.installed: requirements/gpu.txt requirements/install.sh pyproject.toml
+	@requirements/install.sh $(PYTHON) $(GPU_VENV) requirements/gpu.txt
 	@touch $@
 
 test: $(STAMP)

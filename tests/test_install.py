@@ -35,21 +35,25 @@ def environment(tmp_path):
     pip.chmod(0o755)
 
 
-def install(tmp_path, *, uv="", python=sys.executable, uname="Linux x86_64", **environment):
-    """Run install.sh in a folder of the test's own; stand-ins: uv and uname."""
+def install(tmp_path, *, uv="", python=sys.executable, uname="Linux x86_64", driver="", lock="lock.txt", **environment):
+    """Run install.sh in a folder of the test's own; stand-ins: uv, uname and nvidia-smi."""
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
     said = tmp_path / "uv.txt"
-    for name, code in {"uv": f'echo "$@" >>{said}\n{uv}', "uname": f"echo {uname}"}.items():
+    for name, code in {
+        "uv": f'echo "$@" >>{said}\n{uv}',
+        "uname": f"echo {uname}",
+        "nvidia-smi": f"echo {driver}",
+    }.items():
         (tools / name).write_text(f"#!/bin/bash\n{code}\n")
         (tools / name).chmod(0o755)
-    (tmp_path / "lock.txt").write_text("torch==9.9.9\n# no more\n")
+    (tmp_path / lock).write_text("torch==9.9.9\n# no more\n")
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "nothing"\nversion = "1"\n')
     env = {
         **os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "1",
         "PIP_FIND_LINKS": str(tmp_path / "index"), "PIP_CONFIG_FILE": os.devnull, **environment,
     }  # fmt: skip
-    command = ["bash", str(SCRIPT), str(python), str(tmp_path / "venv"), str(tmp_path / "lock.txt")]
+    command = ["bash", str(SCRIPT), str(python), str(tmp_path / "venv"), lock]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     return done, said.read_text().splitlines() if said.exists() else []
 
@@ -72,6 +76,15 @@ def test_index_that_has_the_cpu_build_needs_no_other(tmp_path, environment):
     assert len(asked) == 1 and " -r " in asked[0]
 
 
+def test_gpu_lock_is_installed_whole(tmp_path, environment):
+    (tmp_path / "tools").mkdir()
+    python = tmp_path / "tools" / "new"
+    python.write_text("#!/bin/bash\necho 3.12\n")
+    python.chmod(0o755)
+    _, asked = install(tmp_path, python=python, lock="gpu.txt", driver="580.65.06", uv="cp ${@: -1} $0.rest")
+    assert len(asked) == 1 and "torch==9.9.9" in (tmp_path / "tools" / "uv.rest").read_text()
+
+
 def test_no_cpu_build_anywhere_is_said(tmp_path, environment):
     wheel(tmp_path / "index", "9.9.9")
     done, _ = install(tmp_path, uv="exit 1")
@@ -85,14 +98,18 @@ def test_no_cpu_build_anywhere_is_said(tmp_path, environment):
         ({"uname": "Darwin arm64"}, "take a container"),
         ({"uname": "MINGW64_NT-10.0 x86_64"}, "take a container"),
         ({"python": "no-such-python"}, "no no-such-python"),
-        ({"python": "old"}, "old is Python 3.9, the lock is for 3.11 and 3.12"),
+        ({"python": "old"}, "old is Python 3.9, lock.txt is for 3.11 and 3.12"),
+        ({"python": "old", "lock": "gpu.txt"}, "gpu.txt is for 3.12: make PYTHON=python3.12"),
+        ({"python": "new", "lock": "gpu.txt"}, "nvidia-smi finds no GPU"),
+        ({"python": "new", "lock": "gpu.txt", "driver": "575.57.08"}, "driver is 575.57.08, CUDA 13 wants 580"),
         ({"RAPO_INSTALL_MB": "999999999"}, "999999999 are wanted"),
     ],
 )
 def test_what_cannot_be_installed_is_refused_before_anything_is(tmp_path, settings, said):
     (tmp_path / "tools").mkdir()
-    (tmp_path / "tools" / "old").write_text("#!/bin/bash\necho 3.9\n")
-    (tmp_path / "tools" / "old").chmod(0o755)
+    for name, version in {"old": 3.9, "new": 3.12}.items():
+        (tmp_path / "tools" / name).write_text(f"#!/bin/bash\necho {version}\n")
+        (tmp_path / "tools" / name).chmod(0o755)
     done, asked = install(tmp_path, **settings)
     assert done.returncode == 2 and said in done.stderr and asked == []
     assert not (tmp_path / "venv" / "bin").exists()
