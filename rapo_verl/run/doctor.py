@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -26,8 +27,25 @@ VERSIONS = {
 }
 # Ray before this has no token authentication.
 MIN_RAY = (2, 52)
+# What a run on a GPU imports, and what to do where it cannot. Built for another torch, they take the process with them.
+PADDED = (
+    "train with actor_rollout_ref.model.use_remove_padding=false and "
+    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa"
+)
+MODULES = {
+    "vllm": "make gpu",
+    "flash_attn": f"no wheel fits every torch: {PADDED}, or take requirements/rapo.def",
+    "flashinfer": "vLLM 0.24 dies as it makes its sampler: export VLLM_USE_FLASHINFER_SAMPLER=0",
+    "transformer_engine": "only Megatron needs it: requirements/rapo.def",
+    "megatron.core": "only Megatron needs it: requirements/rapo.def",
+    "apex": "only Megatron needs it: requirements/rapo.def",
+}
+# Without these a run is made otherwise, or is of another kind; one that is there must import all the same.
+OPTIONAL = {"flash_attn", "transformer_engine", "megatron.core", "apex"}
+MIN_DRIVER = 580
+IMPORT_SECONDS = 120
 MIN_MEMORY, MIN_SHM, MIN_DISK = 12 << 30, 256 << 20, 5 << 30
-INSTALL = "install the lock: make install (CPU), or veRL's container image and `pip install --no-deps -e .` (GPU)"
+INSTALL = "install the lock: make install (CPU) or make gpu"
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,7 @@ def examine() -> list[Finding]:
         _plugin(),
         _recipes(),
         *_resources(),
+        *([] if cpu else [driver(), *map(imports, MODULES), two_flash_attentions()]),
     ]
 
 
@@ -88,6 +107,54 @@ def _ray() -> Finding:
         return Finding("ray", "missing", False, INSTALL)
     version = tuple(int(part) for part in found.split(".")[:2])
     return Finding("ray", found, version >= MIN_RAY, f"ray >= {'.'.join(map(str, MIN_RAY))} has token authentication")
+
+
+def driver() -> Finding:
+    """Return what nvidia-smi says of the driver, against CUDA 13."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("NVIDIA driver", str(error), False, "the site's: nvidia-smi must answer")
+    if not said or not said[0].split(".")[0].isdigit():
+        return Finding("NVIDIA driver", "nvidia-smi names none", False, "the site's: nvidia-smi must answer")
+    new = int(said[0].split(".")[0]) >= MIN_DRIVER
+    return Finding("NVIDIA driver", said[0], new, f"CUDA 13 wants {MIN_DRIVER} or newer")
+
+
+def imports(module: str, mend: str = "", seconds: float = IMPORT_SECONDS) -> Finding:
+    """Return whether a module imports, tried in a process of its own, which it may crash or hang."""
+    what, mend = f"import {module}", mend or MODULES.get(module, INSTALL)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(what, f"not done after {seconds:.0f} s", False, mend)
+    if done.returncode == 0:
+        return Finding(what, "works")
+    missing = f"No module named '{module.split('.')[0]}'" in done.stderr
+    if missing and module in OPTIONAL:
+        return Finding(what, f"not installed; {mend}")
+    if done.returncode < 0:
+        return Finding(
+            what, f"crashes: {signal.Signals(-done.returncode).name}", False, f"built for another torch? {mend}"
+        )
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return Finding(what, last, False, f"built for another torch: {mend}" if "undefined symbol" in last else mend)
+
+
+def two_flash_attentions() -> Finding:
+    """Look for flash-attn 4 beside 2.8: both own the package flash_attn, and the last one breaks the other."""
+    found = installed(("flash-attn", "flash-attn-4"))
+    text = ", ".join(f"{name} {version}" for name, version in found.items()) or "none"
+    return Finding(
+        "flash-attn", text, len(found) < 2, "pip uninstall flash-attn-4, then install flash-attn 2.8.3 again"
+    )
 
 
 def _plugin() -> Finding:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from omegaconf import DictConfig
 from rapo_verl import Failed, Refused
 from rapo_verl.evaluation.engines import has_gpu
 from rapo_verl.run.compose import compose_or_refuse
+from rapo_verl.run.doctor import imports
 from rapo_verl.run.folder import read_metrics
 from rapo_verl.run.names import CHECKPOINTS_DIR
 from rapo_verl.toy.base_model import build_model, build_tokenizer, random_checkpoint, save_checkpoint
@@ -59,6 +61,8 @@ def smoke(out: Path, overrides: list[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix=time.strftime("%m%d-%H%M%S-"), dir=out)).absolute()
     folder.chmod(0o755)
     start, device = time.monotonic(), "cuda" if has_gpu() else "cpu"
+    if device == "cuda" and not imports("flashinfer").ok:
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # else vLLM's worker dies as it makes its sampler
     chosen = [*smoke_overrides(folder, device), *overrides]
     experiment = "qwen2.5_0.5b_1gpu" if device == "cuda" else "toy_rapo_cpu"
     try:
@@ -87,8 +91,7 @@ def smoke(out: Path, overrides: list[str]) -> None:
 
 def attention_overrides() -> list[str]:
     """Return what a training needs where flash-attn cannot be imported: torch's attention over padded sequences."""
-    # In a process of its own: built for another torch, it takes the process with it.
-    if subprocess.run([sys.executable, "-c", "import flash_attn"], capture_output=True).returncode == 0:
+    if imports("flash_attn").found == "works":
         return []
     return [
         "actor_rollout_ref.model.use_remove_padding=false",
