@@ -41,6 +41,32 @@ def _named_column(ids, at, last, columns, start):
 
 
 @triton.jit
+def _write_known(
+    row, row_packed, labels, ids, top, scale, columns, start, vocabulary, named,
+    NAMED: tl.constexpr,
+):  # fmt: skip
+    """Write the scaled logits of the named columns and of the label, less the maximum; 0 for another shard's.
+
+    Returns whether label, ids and temperature are what they must be.
+    """
+    label = tl.load(labels)
+    good = (scale > 0) & (scale < float("inf")) & (label >= 0) & (label < vocabulary)
+    label -= start
+    inside = (label >= 0) & (label < columns)
+    z = (tl.load(row + label, mask=inside, other=0.0).to(scale.dtype) - top) * scale
+    tl.store(row_packed + named, tl.where(inside, z, 0.0))
+    name = tl.arange(0, NAMED)
+    column = tl.load(ids + name, mask=name < named, other=0)
+    before = tl.load(ids + name - 1, mask=(name > 0) & (name < named), other=-1)
+    good &= tl.min(((column > before) & (column < vocabulary) | (name >= named)).to(tl.int32), 0) > 0
+    column = tl.where(name < named, column - start, -1)
+    inside = (column >= 0) & (column < columns)
+    z = (tl.load(row + column, mask=inside, other=0.0).to(scale.dtype) - top) * scale
+    tl.store(row_packed + name, tl.where(inside, z, 0.0), mask=name < named)
+    return good
+
+
+@triton.jit
 def _sums_kernel(
     logits, rows, inverse, labels, ids, peaks, packed, columns, start, vocabulary, named, row_stride,
     THREADS: tl.constexpr, LOADS: tl.constexpr, NAMED: tl.constexpr,
@@ -97,23 +123,12 @@ def _sums_kernel(
     shrink = tl.exp2(shift * rate)
     tl.store(peaks + token, top * scale)
     row_packed = packed + token * (named + 4)
-    label = tl.load(labels + token)
-    good = (scale > 0) & (scale < float("inf")) & (label >= 0) & (label < vocabulary)
-    label -= start
-    inside = (label >= 0) & (label < columns)
-    z = (tl.load(row + label, mask=inside, other=0.0).to(scale.dtype) - top) * scale
-    tl.store(row_packed + named, tl.where(inside, z, 0.0))
+    good = _write_known(
+        row, row_packed, labels + token, ids + token * named, top, scale, columns, start, vocabulary, named, NAMED
+    )
     tl.store(row_packed + named + 1, tl.sum(tail * shrink, 0))
-    tl.store(row_packed + named + 3, tl.sum(mean * shrink + shift * shrink * total, 0) * scale)
-    name = tl.arange(0, NAMED)
-    column = tl.load(ids + token * named + name, mask=name < named, other=0)
-    before = tl.load(ids + token * named + name - 1, mask=(name > 0) & (name < named), other=-1)
-    good &= tl.min(((column > before) & (column < vocabulary) | (name >= named)).to(tl.int32), 0) > 0
     tl.store(row_packed + named + 2, tl.where(good, tl.sum(total * shrink, 0), float("nan")))
-    column = tl.where(name < named, column - start, -1)
-    inside = (column >= 0) & (column < columns)
-    z = (tl.load(row + column, mask=inside, other=0.0).to(scale.dtype) - top) * scale
-    tl.store(row_packed + name, tl.where(inside, z, 0.0), mask=name < named)
+    tl.store(row_packed + named + 3, tl.sum(mean * shrink + shift * shrink * total, 0) * scale)
 
 
 @triton.jit
