@@ -11,8 +11,8 @@ import torch.distributed as dist
 from rapo_verl.method.head import How, inverse_of, log_prob_and_entropy, refuse_first, sweeps_for
 
 # A chunk has a 16th of the tokens (docs/benchmarks.md has what others cost), but at least so many logits: what keeps a
-# processor's or a GPU's product at its speed, 32 MiB in fp32. From 128 tokens on it has a multiple of 128, the tile of a
-# GPU's matrix product.
+# processor's or a GPU's product at its speed, 32 MiB in fp32. From 128 tokens on it has a multiple of 128, the tile of
+# a GPU's matrix product.
 CHUNK_ELEMENTS, CHUNKS, TILE = 1 << 23, 16, 128
 
 
