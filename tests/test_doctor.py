@@ -1,7 +1,10 @@
 """`rapo doctor` on machines that are not at hand: each failure by a stand-in."""
 
+from dataclasses import replace
+
 import pytest
 
+from rapo_verl.plan.card import GPUS
 from rapo_verl.run import doctor
 from rapo_verl.run.names import PROCESS_VARIABLES
 
@@ -69,3 +72,13 @@ def test_flash_attention_4_beside_2_is_found(tmp_path, monkeypatch):
 
 def test_choice_of_vllms_sampler_reaches_every_process_of_a_run():
     assert "VLLM_USE_FLASHINFER_SAMPLER" in PROCESS_VARIABLES
+
+
+def test_largest_recipe_that_fits_the_card_is_named():
+    seen = doctor.what_fits(GPUS["h100"], 1)
+    assert seen.ok and seen.found.startswith("qwen2.5_0.5b_1gpu")
+
+
+def test_no_recipe_on_a_small_card_is_said_with_what_to_ask():
+    seen = doctor.what_fits(replace(GPUS["h100"], memory_gib=8), 1)
+    assert not seen.ok and "rapo plan" in seen.mend

@@ -15,6 +15,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from rapo_verl import Refused
+from rapo_verl.plan.card import Gpu, card
+
 # Exact versions that run together: (cpu, gpu); the gpu ones are veRL 0.9.1's own pins.
 VERSIONS = {
     "verl": ("0.9.1", "0.9.1"),
@@ -69,7 +72,7 @@ def examine() -> list[Finding]:
         _plugin(),
         _recipes(),
         *_resources(),
-        *([] if cpu else [driver(), *map(imports, MODULES), two_flash_attentions()]),
+        *([] if cpu else [driver(), *map(imports, MODULES), two_flash_attentions(), *_cards()]),
     ]
 
 
@@ -154,6 +157,48 @@ def two_flash_attentions() -> Finding:
     text = ", ".join(f"{name} {version}" for name, version in found.items()) or "none"
     return Finding(
         "flash-attn", text, len(found) < 2, "pip uninstall flash-attn-4, then install flash-attn 2.8.3 again"
+    )
+
+
+def _cards() -> list[Finding]:
+    """Look at the GPUs here: free memory, and the largest of our recipes that fits them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    free, total = torch.cuda.mem_get_info()
+    used = "somebody's process holds the rest: nvidia-smi"
+    found = [Finding("free GPU memory", f"{gib(free)} of {gib(total)}", free > 0.95 * total, used)]
+    try:
+        gpu = card(None)
+    except Refused as error:
+        return [*found, Finding("what fits", f"not said: {error}")]
+    return [*found, what_fits(gpu, count)]
+
+
+def what_fits(gpu: Gpu, count: int) -> Finding:
+    """Return the largest of our recipes that fits so many cards by its plan."""
+    from rapo_verl.plan.job import job_of, violations
+    from rapo_verl.plan.memory import GIB, memory
+    from rapo_verl.plan.model import shape_of
+    from rapo_verl.plan.report import misfits
+    from rapo_verl.run.compose import compose_config, experiments
+    from rapo_verl.run.preflight import cpus_needed
+
+    best: tuple[int, str] = (0, "")
+    for name in experiments():
+        if not name.startswith("qwen") or "grpo" in name:
+            continue
+        config = compose_config([f"experiment={name}"])
+        shape, job = shape_of(config.actor_rollout_ref.model.path), job_of(config, gpus=count)
+        if shape.parameters <= best[0] or violations(job, shape):
+            continue
+        if not misfits(job, memory(shape, job, gpu_bytes=gpu.memory_gib * GIB), gpu):
+            cpus = cpus_needed(config)
+            short = f"; Ray wants {cpus} CPUs" if cpus > (os.cpu_count() or 1) else ""
+            best = shape.parameters, f"{name}{short}"
+    what = f"fits {count} x {gpu.memory_gib:.0f} GiB"
+    return Finding(
+        what, best[1] or "none as it is", bool(best[1]), "rapo plan RECIPE --gpus N names the nearest that does"
     )
 
 
