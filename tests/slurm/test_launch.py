@@ -160,7 +160,7 @@ def test_taken_ports_are_passed_over(cluster):
 
 def test_two_jobs_on_one_node_do_not_touch_each_other(cluster):
     options = ("--nodes=1", "--gpus-per-node=2", "--nodelist=n1")
-    long = cluster.submit("long", options=options, STEP_SECONDS=1, STEPS=15).until("step 2")
+    long = cluster.submit("long", options=options, STEP_SECONDS=1, STEPS=40).until("step 2")
     short = cluster.submit("short", options=options, STEPS=2)
     short.ended("COMPLETED", 0)
     assert long.state == "RUNNING"
@@ -168,7 +168,7 @@ def test_two_jobs_on_one_node_do_not_touch_each_other(cluster):
     cluster.run("scancel", str(third.id))
     third.until("CANCELLED")
     long.ended("COMPLETED", 0)
-    assert long.steps() == list(range(1, 16))
+    assert long.steps() == list(range(1, 41))
 
 
 def test_disk_full_while_saving_keeps_the_old_checkpoint(cluster):
