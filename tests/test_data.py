@@ -17,7 +17,7 @@ from rapo_verl.data.chat import INSTRUCTION, messages, render
 from rapo_verl.data.layouts import to_problems
 from rapo_verl.data.overlap import HeldOut, aime_keys, normalized
 from rapo_verl.data.prepare import SCHEMA, held_out, prepare, show
-from rapo_verl.data.sources import HUB, read_records
+from rapo_verl.data.sources import HUB, iter_records
 from rapo_verl.reward import Verifier, VerifierSettings
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -375,9 +375,9 @@ def test_unreadable_files_are_named(tmp_path):
     for name, content in (("a.jsonl", "{"), ("b.parquet", "PAR"), ("c.txt", "x"), ("d.json", "[]"), ("e.csv", "a\n")):
         (tmp_path / name).write_text(content)
         with pytest.raises(Refused, match=name):
-            read_records(tmp_path / name)
+            list(iter_records(tmp_path / name))
     with pytest.raises(Refused, match="absent"):
-        read_records(tmp_path / "absent.jsonl")
+        list(iter_records(tmp_path / "absent.jsonl"))
 
 
 def test_named_sets_are_the_published_ones():
@@ -512,10 +512,10 @@ def test_aime_keys_are_those_of_the_problems_and_known_by_their_words(tmp_path, 
     problems, keys = aime_keys()
     assert len(keys) == 60 and (keys["2024-I-8"], keys["2024-I-12"]) == (197, 385)
     for year in ("2024", "2025"):
-        for record in read_records(REAL / f"aime{year}.jsonl")[0]:
+        for record in iter_records(REAL / f"aime{year}.jsonl"):
             name = record["id"].removeprefix("aime")
             assert problems.find(record["problem"]) == name and keys[name] == int(record["answer"])
-    records, _ = read_records(REAL / "aime2024.jsonl")
+    records = list(iter_records(REAL / "aime2024.jsonl"))
     wrong = [{"problem": r["problem"], "answer": "480" if r["answer"] == "197" else r["answer"]} for r in records]
     with pytest.raises(Refused, match="wrong key 480: this is AIME 2024-I-8, the right one is 197"):
         prepared(tmp_path, verifier, wrong, "aime24.jsonl")
@@ -541,7 +541,7 @@ def test_aime_keys_are_those_of_the_problems_and_known_by_their_words(tmp_path, 
 def test_files_of_other_shapes_are_refused(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(Refused, match=said):
-        read_records(tmp_path / name)
+        list(iter_records(tmp_path / name))
 
 
 def test_byte_order_mark_and_lines_under_the_other_suffix_are_read(tmp_path):
@@ -553,7 +553,7 @@ def test_byte_order_mark_and_lines_under_the_other_suffix_are_read(tmp_path):
         ("d.csv", "level\n3\n3\n"),
     ):
         (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
-        assert [str(record["level"]) for record in read_records(tmp_path / name)[0]] == ["3", "3"]
+        assert [str(record["level"]) for record in iter_records(tmp_path / name)] == ["3", "3"]
 
 
 def test_lone_surrogates_are_refused_in_texts_and_replaced_in_names(tmp_path, verifier):

@@ -48,9 +48,9 @@ def verify(
 
 def _pairs(file: Path) -> list[tuple[str, str]]:
     """Return (gold, response) of each row of a file."""
-    from rapo_verl.data.sources import read_records
+    from rapo_verl.data.sources import iter_records
 
-    rows, _ = read_records(file)
+    rows = list(iter_records(file))
     bad = [i for i, row in enumerate(rows) if not all(isinstance(row.get(key), str) for key in ("gold", "response"))]
     if bad:
         raise Refused([f"{file}, row {i}: fields gold and response must be there and be text" for i in bad[:20]])

@@ -19,10 +19,10 @@ from rapo_verl import Refused
 from rapo_verl.data.chat import PROMPTS, load_tokenizer, messages, render
 from rapo_verl.data.layouts import Problem, to_problems
 from rapo_verl.data.overlap import HeldOut
-from rapo_verl.data.sources import HUB, file_sha256, iter_records, read_hub
+from rapo_verl.data.sources import HUB, iter_records, read_hub
 from rapo_verl.data.validate import Checked, Finding, bar, check_problems, chunks, first_of_each_kind, listed
 from rapo_verl.reward import Verifier
-from rapo_verl.run.files import write_atomic
+from rapo_verl.run.files import file_sha256, write_atomic
 
 # SimpleRL-Zoo's limit for Qwen2.5.
 MAX_PROMPT_TOKENS = 1024

@@ -42,20 +42,6 @@ HUB = {
 }
 
 
-def read_records(path: Path) -> tuple[list[Record], str]:
-    """Return the rows of a file and its sha256."""
-    return list(iter_records(path)), file_sha256(path)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def iter_records(path: Path) -> Iterator[Record]:
     """Yield the rows of a .json, .jsonl, .csv or .parquet file, at least one; few are in memory at once."""
     readers = {".parquet": _parquet_rows, ".csv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows}

@@ -13,6 +13,7 @@ from rapo_verl import Refused
 from rapo_verl.evaluation.generate import Engine, EngineLostError, Fleet, Request
 from rapo_verl.evaluation.guard import guard
 from rapo_verl.evaluation.store import Samples
+from rapo_verl.run.doctor import has_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +36,6 @@ CPU_ENVIRONMENT = {
 
 # vLLM forks its core unless this says otherwise; a process that has asked CUDA anything cannot be forked.
 GPU_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-
-
-def has_gpu() -> bool:
-    """Return whether this machine has an accelerator that vLLM's CUDA build can use."""
-    import torch
-
-    return torch.cuda.device_count() > 0  # by NVML: is_available would make a later fork of this process useless
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rapo_verl import Refused
-from rapo_verl.data.sources import read_records
+from rapo_verl.data.sources import iter_records
+from rapo_verl.run.files import file_sha256
 from rapo_verl.run.seeds import sampling_seed
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ def read_problems(files: Sequence[Path], limit: int | None = None) -> tuple[tupl
     data = {}
     for path in files:
         try:
-            records, data[path.name] = read_records(path)
+            records, data[path.name] = list(iter_records(path)), file_sha256(path)
             problems += _distinct(path, records, len(files) > 1)[:limit]
         except Refused as error:
             faults += error.problems

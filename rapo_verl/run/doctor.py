@@ -63,7 +63,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Return everything that `rapo doctor` looks at on this machine; starts neither Ray nor a model."""
-    cpu = not _has_gpu()
+    cpu = not has_gpu()
     return [
         Finding("platform", "cpu" if cpu else "cuda"),
         _python(),
@@ -76,10 +76,11 @@ def examine() -> list[Finding]:
     ]
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Return whether this machine has an accelerator that CUDA builds can use."""
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() > 0  # by NVML: is_available would make a later fork of this process useless
 
 
 def _python() -> Finding:

@@ -4,15 +4,16 @@ import fcntl
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 from rapo_verl import Refused
 from rapo_verl.run.names import LOCK_FILE
+from rapo_verl.run.processes import repeating
 
 logger = logging.getLogger(__name__)
 
@@ -105,28 +106,22 @@ def _refuse_beating(path: Path, owner: dict[str, Any]) -> None:
 @contextmanager
 def _beating(lock: IO[str]) -> Iterator[None]:
     """Count up in the lock file while the body runs, and leave it empty."""
-    stop = threading.Event()
+    beats = count()
 
-    def beat(count: int) -> None:
-        owner = {"host": os.uname().nodename, "pid": os.getpid(), "beat": count}
+    def beat() -> None:
+        owner = {"host": os.uname().nodename, "pid": os.getpid(), "beat": next(beats)}
         os.pwrite(lock.fileno(), json.dumps(owner).ljust(200).encode(), 0)
 
-    def beats() -> None:
-        count = 0
-        while not stop.wait(BEAT_SECONDS):
-            count += 1
-            try:
-                beat(count)
-            except OSError as error:  # the next one may come through
-                logger.warning("%s could not be written: %s", lock.name, error)
+    def try_to() -> None:
+        try:
+            beat()
+        except OSError as error:  # the next one may come through
+            logger.warning("%s could not be written: %s", lock.name, error)
 
     os.ftruncate(lock.fileno(), 0)
-    beat(0)
-    thread = threading.Thread(target=beats, name="rapo-lock", daemon=True)
-    thread.start()
+    beat()
     try:
-        yield
+        with repeating(BEAT_SECONDS, try_to, "rapo-lock"):
+            yield
     finally:
-        stop.set()
-        thread.join()
         os.ftruncate(lock.fileno(), 0)

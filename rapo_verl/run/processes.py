@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,24 @@ def descendants(pid: int | None = None) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+@contextmanager
+def repeating(seconds: float, look: Callable[[], bool | None], name: str) -> Iterator[None]:
+    """Call ``look`` every so many seconds in a thread of this name, while the body runs or until it returns True."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.wait(seconds) and not look():
+            pass
+
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def is_alive(process: psutil.Process) -> bool:

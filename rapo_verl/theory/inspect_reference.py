@@ -18,7 +18,7 @@ from rich.table import Table
 
 from rapo_verl import Refused
 from rapo_verl.data.chat import render
-from rapo_verl.data.sources import read_records
+from rapo_verl.data.sources import iter_records
 from rapo_verl.method.reweighting import nucleus
 from rapo_verl.report.figures import styled, write_figure
 from rapo_verl.run.files import write_atomic
@@ -98,7 +98,7 @@ def inspect_reference(
 
     if not temperature > 0:
         raise Refused(f"temperature is {temperature}; allowed: > 0")
-    records, _ = read_records(prompts)
+    records = list(iter_records(prompts))
     if "prompt" not in records[0] or isinstance(records[0]["prompt"], str):
         raise Refused(f"{prompts}: no chat prompts; make veRL's layout of it with `rapo data prepare {prompts}`")
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -14,9 +14,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rapo_verl import Failed, Refused
-from rapo_verl.evaluation.engines import has_gpu
 from rapo_verl.run.compose import compose_or_refuse
-from rapo_verl.run.doctor import imports
+from rapo_verl.run.doctor import has_gpu, imports
 from rapo_verl.run.folder import read_metrics
 from rapo_verl.run.names import CHECKPOINTS_DIR
 from rapo_verl.toy.base_model import build_model, build_tokenizer, random_checkpoint, save_checkpoint

@@ -3,11 +3,12 @@
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
+
+from rapo_verl.run.processes import repeating
 
 logger = logging.getLogger(__name__)
 
@@ -38,27 +39,22 @@ def actors_watched(end: Callable[[set[str]], None] = _end) -> Iterator[None]:
     """
     # verl 0.9.1 trainer/ppo/v1/agent_loop_tq.py:104: sends a prompt to an actor and forgets it. Likewise
     # workers/rollout/vllm_rollout/bucketed_weight_transfer.py:195 waits in a socket for a vLLM server that is gone.
-    stop = threading.Event()
+    known: set[str] = set()
+    missed: set[str] = set()
 
-    def watch() -> None:
-        known: set[str] = set()
-        missed: set[str] = set()
-        while not stop.wait(LIVENESS_SECONDS):
-            try:
-                alive = set(ray.util.list_named_actors())  # of this job: its namespace is its own
-            except ray.exceptions.RayError as error:  # Ray's control store is busy or restarting: look again later
-                logger.warning("the run's actors could not be listed: %s", error)
-                continue
-            if gone := missed - alive:
-                end(gone)
-                return
-            missed = known - alive
-            known |= alive
+    def look() -> bool:
+        nonlocal missed
+        try:
+            alive = set(ray.util.list_named_actors())  # of this job: its namespace is its own
+        except ray.exceptions.RayError as error:  # Ray's control store is busy or restarting: look again later
+            logger.warning("the run's actors could not be listed: %s", error)
+            return False
+        if gone := missed - alive:
+            end(gone)
+            return True
+        missed = known - alive
+        known.update(alive)
+        return False
 
-    thread = threading.Thread(target=watch, name="rapo-liveness", daemon=True)
-    thread.start()
-    try:
+    with repeating(LIVENESS_SECONDS, look, "rapo-liveness"):
         yield
-    finally:
-        stop.set()
-        thread.join()
