@@ -211,6 +211,8 @@ def no_locks(monkeypatch):
 
 
 def test_second_training_in_a_folder_is_refused(tmp_path, holder, toy_dir):
+    with pytest.raises(Refused, match="trains in"), claimed(tmp_path):
+        pass  # before a training, which would run if the lock were none
     config = compose_config(["experiment=toy_rapo_cpu", f"toy_dir={toy_dir}", f"run_dir={tmp_path}"])
     with pytest.raises(Refused, match=f"process {holder.pid} on {os.uname().nodename} trains in"):
         launch.run(config)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -16,7 +17,7 @@ from rapo_verl.run.compose import compose_config, experiments
 from rapo_verl.run.inspect import describe, non_finite_rows
 from rapo_verl.run.launch import _child_environment
 from rapo_verl.run.preflight import problems_of
-from rapo_verl.run.processes import dump_stacks
+from rapo_verl.run.processes import dump_stacks, repeating
 from rapo_verl.run.stopping import Stopping
 from rapo_verl.training.guards import dump_batch, non_finite_fields, non_finite_metrics
 
@@ -182,6 +183,25 @@ def test_secret_in_the_config_is_refused(toy_dir, tmp_path, monkeypatch):
 
 
 # --- lost actors ---
+
+
+def test_a_look_is_repeated_until_it_says_enough_or_the_body_ends():
+    def wait_for(count):
+        deadline = time.monotonic() + 20
+        while len(looks) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    looks = []
+    with repeating(0.01, lambda: looks.append(0) or len(looks) == 3, "enough"):
+        wait_for(3)
+        time.sleep(0.1)
+    assert len(looks) == 3
+    with repeating(0.01, lambda: looks.append(0), "on and on"):
+        wait_for(10)
+    assert len(looks) >= 10
+    there = len(looks)
+    time.sleep(0.1)
+    assert len(looks) == there and not [t for t in threading.enumerate() if t.name in ("enough", "on and on")]
 
 
 @pytest.mark.slow
