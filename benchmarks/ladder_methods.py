@@ -2,6 +2,9 @@
 
 Every method tries TRIES settings, each once on CALIBRATION; the highest sum of exact pass@1 and pass@1024 there is
 what runs on PAIRS. A method with one setting is a fixed point of comparison and has no choice.
+
+Sources: clip-cov and kl-cov arXiv 2505.22617, pass@k advantage 2508.10751, negative-sample reinforcement 2506.01347,
+SimKO 2510.14807, DPH-RL 2509.07430, RAPO 2510.03865.
 """
 
 from ladder_losses import Settings
@@ -65,6 +68,12 @@ METHODS: dict[str, list[Settings]] = {
     "GRPO, low_var_kl, n = 16": [Settings(n=16, kl="low_var_kl", kl_coef=c) for c in LEASHES],
     "answers m = 32, weighted by sample": answers(32, weights="sample"),
     "RAPO, reference answers m = 128": answers(128),
+    # The library draws at most `samples_per_prompt` = 8 of a prompt's answers a step; the rows above take them all.
+    "RAPO, reference answers m = 128, 8 a step": [Settings(m=128, answers=1.0, k=8)],
+    # Added when all four tries above had collapsed at the learning rate of the others: four more, so eight in all.
+    "negative-sample reinforcement, small steps": [
+        Settings(lr=lr, advantage="negative", positive=p) for lr in (2e-5, 1e-4) for p in (0.0, 0.1)
+    ],
 }
 # These run on all pairs, the others on the first COMMON.
 ON_ALL = tuple(METHODS)[:8]
@@ -80,6 +89,7 @@ CONTRASTS = (
     ("bounded 0.3, phi_min 0.8", "GRPO, low_var_kl 3e-1"),
     ("bounded 0.3, phi_min 0.8", "bounded 0.3, phi_min 1"),
     ("bounded 0.3, phi_min 0.6", "bounded 0.3, phi_min 1"),
+    ("RAPO (bounded)", "RAPO (paper)"),
     ("RAPO, reference answers m = 32", "base"),
     ("RAPO, reference answers m = 32", "GRPO, low_var_kl"),
     ("RAPO, reference answers m = 32", "GRPO, low_var_kl, n = 40"),
@@ -87,9 +97,11 @@ CONTRASTS = (
     ("RAPO, reference answers m = 32", "RAPO, reference answers m = 8"),
     ("RAPO, reference answers m = 8", "GRPO, low_var_kl, n = 16"),
     ("RAPO, reference answers m = 128", "RAPO, reference answers m = 32"),
+    ("RAPO, reference answers m = 128, 8 a step", "RAPO, reference answers m = 128"),
     ("RAPO, reference answers m = 128", "base"),
     ("RAPO, reference answers m = 128", "GRPO, low_var_kl 1e-2"),
     ("RAPO, reference answers m = 128", "GRPO, low_var_kl"),
+    ("RAPO, reference answers m = 128", "GRPO, low_var_kl, n = 40"),
     ("RAPO, reference answers m = 32", "rejection-sampling SFT, m = 32"),
     ("answers m = 32, 1, low_var_kl 1e-1", "answers m = 32, 1"),
     ("answers m = 32, wrong ones too", "RAPO, reference answers m = 32"),

@@ -16,7 +16,7 @@ from ladder_losses import Batch, Settings, advantages_of, answers_loss, mixture_
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from rapo_verl.method.config import ReferenceConfig
-from rapo_verl.method.reference_answers import answer_shares, token_weights
+from rapo_verl.method.reference_answers import answer_shares, drawn_shares, token_weights
 from rapo_verl.method.reweighting import reward_to_phi
 from rapo_verl.reward import verify_integer
 from rapo_verl.toy.base_model import encode_prompts, encode_solutions
@@ -95,24 +95,38 @@ def train(toy: Toy, settings: Settings, seed: int, steps: int, cache: Path) -> t
     for step in range(steps):
         prompts = toy.prompts[step * PROMPTS : (step + 1) * PROMPTS]
         rollout = toy.sample(policy, step, settings.n)
-        _judged_against(reference, prompts, rollout, settings)
+        judge(rollout, reference, prompts, settings)
         curve.append(rollout.reward.mean().item())
-        target = None
-        if answers is not None:
-            target = _target(answers[step], rollout, policy, reference, prompts, settings)
-            if settings.rehearse_from <= 1:
-                rehearsed = answers[step].reward.view(PROMPTS, -1).mean(1) >= settings.rehearse_from
-                target = target.rows(rehearsed[target.prompt])
-                rollout.advantages = rollout.advantages * ~rehearsed[rollout.prompt, None]
+        of_step = answers[step] if answers is not None else None
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min(1.0, (step + 1) / WARM_UP)
-        for chosen in torch.randperm(PROMPTS).view(MINI_BATCHES, -1):
-            loss = _loss(policy, prompts, chosen, rollout, target, settings)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step()
+        update(policy, reference, optimizer, prompts, rollout, of_step, settings)
     return policy, curve
+
+
+def update(
+    policy: Qwen2ForCausalLM,
+    reference: Qwen2ForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    prompts: torch.Tensor,
+    rollout: Batch,
+    answers: Batch | None,
+    settings: Settings,
+) -> None:
+    """Take the optimizer steps of one step's judged responses, and of the base's answers to its prompts."""
+    target = None
+    if answers is not None:
+        target = _target(answers, rollout, policy, reference, prompts, settings)
+        if settings.rehearse_from <= 1:
+            rehearsed = answers.reward.view(PROMPTS, -1).mean(1) >= settings.rehearse_from
+            target = target.rows(rehearsed[target.prompt])
+            rollout.advantages = rollout.advantages * ~rehearsed[rollout.prompt, None]
+    for chosen in torch.randperm(PROMPTS).view(MINI_BATCHES, -1):
+        loss = _loss(policy, prompts, chosen, rollout, target, settings)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
 
 
 def success(toy: Toy, model: Qwen2ForCausalLM, problems: int) -> list[float]:
@@ -175,7 +189,7 @@ def _log_prob(model: Qwen2ForCausalLM, prompts: torch.Tensor, batch: Batch, phi:
     return (logits * phi[:, None, None]).log_softmax(-1).gather(2, batch.tokens[..., None])[..., 0]
 
 
-def _judged_against(reference: Qwen2ForCausalLM, prompts: torch.Tensor, rollout: Batch, settings: Settings) -> None:
+def judge(rollout: Batch, reference: Qwen2ForCausalLM, prompts: torch.Tensor, settings: Settings) -> None:
     """Add what a term needs of the (reweighted) reference to a step's responses, and their advantages."""
     if settings.kl or settings.alpha:
         phi = reward_to_phi(rollout.reward, ReferenceConfig(phi_min=settings.phi_min))
@@ -209,6 +223,8 @@ def _target(
     for prompt in range(PROMPTS):
         of = distinct.prompt == prompt
         shares = answer_shares(counts[of], right[of], weight_of_wrong=settings.omega_wrong)
+        if settings.k:
+            shares = drawn_shares(shares, settings.k, torch.rand(()).item())
         number = (counts[of] * right[of]).sum() if settings.weights == "sample" else 1
         distinct.weight[of] = number * token_weights(shares, lengths[of], loss_agg_mode="token-mean")
     return distinct.rows(distinct.weight > 0)

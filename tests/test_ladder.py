@@ -17,6 +17,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import ladder  # noqa: E402
 from ladder_losses import Batch, Settings, advantages_of, answers_loss, rollout_loss  # noqa: E402
 from ladder_methods import METHODS, TRIES  # noqa: E402
+from ladder_train import PROMPTS, _target  # noqa: E402
 
 
 def batch(rewards: list[float], length: int = 3) -> Batch:
@@ -77,6 +78,94 @@ def test_simko_keeps_the_value_and_hands_on_a_share_of_the_gradient():
     forking = entropy >= entropy.flatten().quantile(0.8)
     changed = (gradients[0] - gradients[1]).abs().amax(-1) > 1e-7
     assert changed.any() and not changed[~forking].any()
+
+
+def test_advantages_of_negative_samples_and_of_a_kl_in_the_reward():
+    responses = batch([1.0, 0.0, 0.0, 1.0])
+    found = advantages_of(Settings(n=4, advantage="negative", positive=0.1), responses)
+    assert found[:, 0].tolist() == pytest.approx([0.1, -1.0, -1.0, 0.1])
+    responses.ref_log_prob = responses.log_prob - torch.tensor([[0.1], [0.2], [0.0], [0.6]])
+    found = advantages_of(Settings(n=4, kl="k1_reward", kl_coef=0.5), responses)
+    scores = torch.tensor([1.0, 0.0, 0.0, 1.0]) - 0.5 * 3 * torch.tensor([0.1, 0.2, 0.0, 0.6])
+    torch.testing.assert_close(found[:, 0], (scores - scores.mean()) / (scores.std() + 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("kl", "moved", "value", "descends"),
+    [
+        ("low_var_kl", 0.0, "reverse", "forward"),
+        ("k2", 0.0, None, "reverse"),
+        ("ratio_k3", 0.0, "reverse", "reverse"),
+        ("ratio_k3", 0.7, "reverse", "reverse"),
+    ],
+)
+def test_a_penalty_has_the_value_and_the_gradient_of_the_kl_it_stands_for(kl, moved, value, descends):
+    """Every token of a vocabulary of four, as often as an old policy of tenths says it: the exact expectation."""
+    tenths = torch.tensor([4, 3, 2, 1])
+    drawn = torch.arange(4).repeat_interleave(tenths)
+    old, ref = (tenths / 10).log(), torch.tensor([-1.0, 0.5, 0.2, -0.4]).log_softmax(-1)
+    logits = (old + moved * torch.tensor([1.0, -1.0, 0.5, 0.0])).requires_grad_()
+    log_prob = logits.log_softmax(-1)
+    rows = Batch(
+        torch.zeros(10, dtype=torch.long), drawn[:, None], old[drawn, None], torch.ones(10, 1, dtype=torch.bool),
+        torch.zeros(10), ref_log_prob=ref[drawn, None], advantages=torch.zeros(10, 1),
+    )  # fmt: skip
+    loss = rollout_loss(log_prob.expand(10, 1, 4), log_prob[drawn, None], rows, Settings(kl=kl, kl_coef=0.3))
+    kls = {
+        "reverse": (log_prob.exp() * (log_prob - ref)).sum(),
+        "forward": (ref.exp() * (ref - log_prob)).sum(),
+    }
+    if value:
+        torch.testing.assert_close(loss, 0.3 * kls[value])
+    gradients = [torch.autograd.grad(of, logits, retain_graph=True)[0] for of in (loss, 0.3 * kls[descends])]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("surrogate", ["clip_cov", "kl_cov"])
+def test_covariance_methods_touch_their_share_of_the_tokens_alone(surrogate):
+    """Of twelve tokens a quarter: clip-cov drops them (covariance 1 to 5), kl-cov pulls the highest back."""
+    responses = batch([1.0, 0.0, 0.0, 1.0])
+    responses.log_prob = responses.log_prob * torch.tensor([1.0, 4.0, 1.0, 4.0])[:, None]
+    responses.advantages = torch.tensor([2.0, -2.0, 1.0, -1.0])[:, None].expand(4, 3)
+    log_prob = (responses.log_prob + 0.05).requires_grad_()
+    settings = Settings(surrogate=surrogate, cov_ratio=0.25, cov_kl=0.5)
+    rollout_loss(torch.zeros(4, 3, 5), log_prob, responses, settings).backward()
+    plain = -responses.advantages * math.exp(0.05) / 12
+    changed = (log_prob.grad - plain).abs() > 1e-6
+    cov = responses.advantages * (log_prob - log_prob.mean()).detach()
+    if surrogate == "clip_cov":
+        assert changed.sum() == 3 and (log_prob.grad[changed] == 0).all()
+        assert (cov[changed] > 1).all() and (cov[changed] < 5).all()
+    else:
+        assert changed.flatten().nonzero()[:, 0].tolist() == sorted(cov.flatten().topk(3).indices.tolist())
+        torch.testing.assert_close(log_prob.grad[changed], (plain + 0.5 / 12)[changed])
+
+
+@pytest.mark.parametrize(
+    ("settings", "masses"),
+    [
+        (Settings(m=4), [[2 / 3, 1 / 3, 0], [1, 0, 0], [0, 0, 0]]),
+        (Settings(m=4, omega_wrong=1.0), [[2 / 4, 1 / 4, 1 / 4], [1 / 4, 3 / 4, 0], [4 / 4, 0, 0]]),
+        (Settings(m=4, weights="sample"), [[2, 1, 0], [1, 0, 0], [0, 0, 0]]),
+        (Settings(m=4, k=1), None),
+    ],
+)
+def test_a_steps_answers_are_merged_and_weighted(settings, masses):
+    """Prompt 0 has right answers 1, 1, 2 and wrong 3; prompt 1 right 1 and wrong 2, 2, 2; all others wrong 1 only."""
+    tokens = torch.ones(PROMPTS, 4, dtype=torch.long)
+    tokens[0], tokens[1] = torch.tensor([1, 1, 2, 3]), torch.tensor([1, 2, 2, 2])
+    reward = torch.zeros(PROMPTS, 4)
+    reward[0], reward[1, 0] = torch.tensor([1, 1, 1, 0]), 1
+    answers = batch(reward.flatten().tolist(), length=2)
+    answers.prompt = torch.arange(PROMPTS).repeat_interleave(4)
+    answers.tokens = tokens.flatten()[:, None].repeat(1, 2)
+    target = _target(answers, answers, None, None, None, settings)
+    mass = torch.zeros(PROMPTS, 4, dtype=torch.float64)
+    mass[target.prompt, target.tokens[:, 0]] = target.weight * target.mask.sum(1)
+    if masses is None:
+        assert mass[0, 1:3].sum() == 1 and mass[0].max() == 1 and mass[1, 1] == 1
+    else:
+        torch.testing.assert_close(mass[:3, 1:], torch.tensor(masses, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("method", METHODS)
