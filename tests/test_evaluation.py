@@ -19,7 +19,6 @@ from rapo_verl import Failed, Refused
 from rapo_verl.evaluation import engines
 from rapo_verl.evaluation.spec import Plan, Sampling
 from rapo_verl.evaluation.store import ShardError, Store, read_stated
-from rapo_verl.evaluation.watch import look
 
 STUB = Path(__file__).parent / "stub_evaluation.py"
 SHARDS = PROBLEMS * -(-N // SHARD)
@@ -216,18 +215,6 @@ def test_engine_that_returns_too_few_samples_is_caught(tmp_path):
 
     with pytest.raises(ShardError, match="asked for 6 samples"):
         run(draw(tmp_path), Short())
-
-
-def test_watch_counts_samples_and_tokens_from_footers(tmp_path):
-    drawn = draw(tmp_path)
-    assert look(drawn.store).done == 0
-    run(drawn, StubEngine(0.002))
-    state = look(drawn.store)
-    assert (state.done, state.total) == (N * PROBLEMS, N * PROBLEMS)
-    assert state.tokens_per_s > state.samples_per_s > 0
-    assert "complete" in str(state)
-    drawn.store.shard_path(0, 0).unlink()
-    assert "left" in str(look(drawn.store))
 
 
 def test_footer_states_what_the_shard_holds(tmp_path):

@@ -1,8 +1,6 @@
 """The evaluator on real vLLM and Ray: kills, lost engines, log-probs, and veRL's checkpoints."""
 
 import asyncio
-import json
-import math
 import signal
 import subprocess
 import sys
@@ -13,7 +11,6 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from rapo_verl import Refused
 from rapo_verl.evaluation.engines import CPU_ENVIRONMENT, EngineSpec, RayEngine, ray_fleet
@@ -22,8 +19,6 @@ from rapo_verl.evaluation.session import generate_draw, read_plan
 from rapo_verl.evaluation.spec import Sampling
 from rapo_verl.evaluation.store import Store
 from rapo_verl.run.export import resolve_model
-from rapo_verl.toy.base_model import encode_prompts
-from rapo_verl.toy.exact import response_log_prob
 
 SHARDED = """
 import sys, torch
@@ -105,41 +100,6 @@ def test_killed_ray_engine_is_replaced_and_two_share_the_queue(toy_dir, tmp_path
         ray.shutdown()
     assert len(started) == 3
     assert_exact(tmp_path / "base", 1024, 12)
-
-
-@pytest.mark.slow
-def test_cross_logprob_equals_a_plain_forward_pass(toy_dir, tmp_path):
-    # Samples of a model that solves nothing would give no right response: write right ones.
-    from rapo_verl.evaluation.store import Samples
-
-    model = toy_dir / "model"
-    plan = read_plan(str(model), [toy_dir / "eval.parquet"], Sampling(max_tokens=24), n=4, shard=4, limit=3)
-    store = Store.create(tmp_path / "base", plan)
-    for shard in plan.shards:
-        gold = plan.problems[shard.problem].gold
-        texts = [f"a{gold[:3]}{letter}{gold[3:]}\\boxed{{{gold}}}" for letter in "abcd"]
-        store.write(shard, Samples([23] * 4, ["stop"] * 4, [None] * 4, texts))
-    subprocess.run(command("score", tmp_path / "base", "--strictness", "integer"), check=True)
-    out = tmp_path / "cross.json"
-    wish = command("cross-logprob", tmp_path / "base", "--model", model, "--out", out)
-    done = subprocess.run(wish, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
-    assert found["responses"] == 12
-    tokenizer, plain = AutoTokenizer.from_pretrained(model), Qwen2ForCausalLM.from_pretrained(model).eval()
-    for i, problem in enumerate(plan.problems):
-        prompt = encode_prompts(tokenizer, [problem.messages[0]["content"]])
-        texts = store.read(store.shard_path(i, 0))["text"].to_pylist()
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
-        want = response_log_prob(plain, prompt, ids)
-        got = torch.tensor([r["log_prob"] for r in found["records"] if r["problem"] == problem.id], dtype=torch.float64)
-        # Sums of 22 float32 log-probs of size up to 10, by two implementations of the same network.
-        torch.testing.assert_close(got, want, rtol=0, atol=2e-3)
-    total = sum(r["log_prob"] for r in found["records"])
-    assert found["nats_per_token"] == pytest.approx(-total / sum(r["tokens"] for r in found["records"]))
-    assert found["records"][0]["perplexity"] == pytest.approx(
-        math.exp(-found["records"][0]["log_prob"] / found["records"][0]["tokens"])
-    )
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -197,44 +196,3 @@ def eval_report(
     )
     print_table(write_report(out, study))
     print(f"report: {out / 'report.html'}")
-
-
-@app.command("watch")
-def eval_watch(
-    folder: Annotated[Path, typer.Argument(help="made by `rapo eval generate`")],
-    every: Annotated[float, typer.Option(help="seconds between lines; 0: one line")] = 10.0,
-) -> None:
-    """Print progress, tokens per second and time left until the folder is complete.
-
-    Example: rapo eval watch evals/rapo
-    """
-    from rapo_verl.evaluation.store import Store
-    from rapo_verl.evaluation.watch import look
-
-    store = Store.open(folder)
-    while True:
-        state = look(store)
-        print(state, flush=True)
-        if every <= 0 or state.done == state.total:
-            return
-        time.sleep(every)
-
-
-@app.command("cross-logprob")
-def eval_cross_logprob(
-    folder: Annotated[Path, typer.Argument(help="judged samples of one model")],
-    model: Annotated[str, typer.Option(help="the other model, which reads its right responses")],
-    out: Annotated[Path, typer.Option(help="JSON file")],
-    per_problem: Annotated[int, typer.Option(min=1, help="right responses of each problem, at most")] = 32,
-) -> None:
-    """Give the perplexity of one model's right responses under another, for example of RL's under the base.
-
-    Example: rapo eval cross-logprob evals/rapo --model Qwen/Qwen2.5-7B --out cross.json
-    """
-    from rapo_verl.evaluation.cross import cross_logprob
-    from rapo_verl.evaluation.store import Store
-    from rapo_verl.run.export import resolve_model
-
-    found = cross_logprob(Store.open(folder), resolve_model(model), out, per_problem=per_problem)
-    shown = ("responses", "perplexity_median", "perplexity_95", "nats_per_token")
-    print(", ".join(f"{key} {found[key]:.4g}" for key in shown))

@@ -125,17 +125,6 @@ class VllmEngine:
             [list(output.token_ids) for output in outputs] if asked.token_ids else None,
         )
 
-    async def prompt_logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """Return the log-prob of each token but the first given those before it, nats."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
-        prompt: Any = {"prompt_token_ids": list(tokens)}
-        async for output in self._llm.generate(prompt, params, str(next(self._numbers))):
-            found = output.prompt_logprobs
-        return [position[token].logprob for token, position in zip(tokens[1:], found[1:])]
-
     def close(self) -> None:
         """End vLLM's core."""
         self._llm.shutdown()
