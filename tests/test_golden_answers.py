@@ -134,29 +134,13 @@ def test_reward_of_one_hanging_answer_holds_up_no_other():
     assert hanging["verdict"] == "timeout" and hanging["score"] == 0.0
 
 
-def test_shaping_is_off_by_default_and_takes_off_what_it_says():
-    def score(text, info=None, **shaping):
-        options = {"verifier": {"strictness": "integer"}, "shaping": shaping}
-        return asyncio.run(compute_score("d", text, "204", info, **options))["score"]
-
-    long = {"response_tokens": 90, "response_limit": 100, "truncated": False}
-    assert score("204") == 0.0 and score(boxed("204"), long) == 1.0
-    assert score("204", format_penalty=0.5) == -0.5 and score(boxed("205"), format_penalty=0.5) == 0.0
-    # DAPO eq. 13: nothing up to limit - buffer, then linear to the whole penalty at the limit.
-    buffer = {"overlong_penalty": 1.0, "overlong_buffer": 20}
-    wanted = {80: 1.0, 85: 0.75, 90: 0.5, 100: 0.0}
-    assert {n: score(boxed("204"), {**long, "response_tokens": n}, **buffer) for n in wanted} == wanted
-    with pytest.raises(ValueError, match="SeededAgentLoopManager"):
-        score(boxed("204"), {}, **buffer)
-
-
 def test_reward_settings_name_every_problem():
     with pytest.raises(ValueError) as error:
-        reward_settings(verifier={"deadline": 3, "workers": "two"}, shaping={"format_penalty": -1}, extra=1)
+        reward_settings(verifier={"deadline": 3, "workers": "two", "memory_mb": 1}, extra=1)
     for said in (
         "unknown key verifier.deadline",
         "verifier.workers is 'two'",
-        "shaping.format_penalty",
+        "verifier.memory_mb is 1",
         "unknown key extra",
     ):
         assert said in str(error.value)

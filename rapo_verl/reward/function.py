@@ -1,56 +1,36 @@
 r"""The reward function that veRL calls, and what a trainer makes of its verdicts.
 
-1 for a right answer in the last ``\boxed{}``, else 0; two shaping terms are off unless asked for. Settings:
-``reward.custom_reward_function.reward_kwargs={verifier: {...}, shaping: {...}}``.
+1 for a right answer in the last ``\boxed{}``, else 0. Settings:
+``reward.custom_reward_function.reward_kwargs.verifier={...}``.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from rapo_verl.method.settings import out_of_bounds, read_settings, setting
+from rapo_verl.method.settings import read_settings
 from rapo_verl.reward import Verdict, VerifierSettings, shared_verifier
 
-# Fields of veRL's extra_info that `rapo_verl.training.rollout.SeededAgentLoopWorker` adds to every response.
-RESPONSE_TOKENS, RESPONSE_LIMIT, TRUNCATED = "response_tokens", "response_limit", "truncated"
+# Field of veRL's extra_info that `rapo_verl.training.rollout.SeededAgentLoopWorker` adds to every response.
+TRUNCATED = "truncated"
 # Failed checks below which a share of them says nothing: one in a batch of eight is 12 %.
 _MIN_FAILED = 8
 
 
-@dataclass(frozen=True)
-class ShapingSettings:
-    """What may be taken off the reward (``reward_kwargs.shaping``); all off by default."""
-
-    # Taken off a response without a box.
-    format_penalty: float = setting(0.0, "a finite number >= 0", lambda x: x >= 0)
-    # Taken off a response that fills its limit, rising linearly over the last `overlong_buffer` tokens before it
-    # (DAPO, arXiv 2503.14476, eq. 13).
-    overlong_penalty: float = setting(0.0, "a finite number >= 0", lambda x: x >= 0)
-    overlong_buffer: int = setting(4096, "a whole number of tokens >= 1", lambda x: x >= 1)
-
-
-def reward_settings(
-    verifier: Mapping[str, Any] | None = None, shaping: Mapping[str, Any] | None = None, **unknown: Any
-) -> tuple[VerifierSettings, ShapingSettings]:
-    """Return the settings in ``reward_kwargs``.
-
-    Raises:
-        ValueError: all problems found, one a line; an unknown key is one.
-    """
-    problems = [f"unknown key {key}; allowed: verifier, shaping" for key in unknown]
-    check = read_settings(VerifierSettings, verifier or {}, "verifier", problems)
-    shape = read_settings(ShapingSettings, shaping or {}, "shaping", problems)
-    problems += check.problems() + out_of_bounds(shape, "shaping")
+def reward_settings(verifier: Mapping[str, Any] | None = None, **unknown: Any) -> VerifierSettings:
+    """Return the settings in ``reward_kwargs``; a ValueError with a line for each problem, an unknown key is one."""
+    problems = [f"unknown key {key}; allowed: verifier" for key in unknown]
+    settings = read_settings(VerifierSettings, verifier or {}, "verifier", problems)
+    problems += settings.problems()
     if problems:
         raise ValueError("\n".join(f"reward.custom_reward_function.reward_kwargs: {problem}" for problem in problems))
-    return check, shape
+    return settings
 
 
 @lru_cache(maxsize=8)
-def _settings(verifier: tuple, shaping: tuple) -> tuple[VerifierSettings, ShapingSettings]:
-    return reward_settings(dict(verifier), dict(shaping))
+def _settings(verifier: tuple) -> VerifierSettings:
+    return reward_settings(dict(verifier))
 
 
 async def compute_score(
@@ -60,7 +40,6 @@ async def compute_score(
     extra_info: Mapping[str, Any] | None = None,
     *,
     verifier: Mapping[str, Any] | None = None,
-    shaping: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> dict[str, Any]:
     """Return veRL's reward record of one response (set by ``reward.custom_reward_function``).
@@ -72,29 +51,25 @@ async def compute_score(
         data_source: unused; no name of a data set changes how its answers are checked.
         solution_str: the response, special tokens removed.
         ground_truth: the right answer.
-        extra_info: of the row; our rollout adds the response's length in tokens, its limit, and whether it was cut off
-            there.
+        extra_info: of the row; our rollout adds whether the response was cut off at its limit.
         verifier: settings of `VerifierSettings` that differ from their defaults.
-        shaping: likewise of `ShapingSettings`.
 
     Returns:
-        ``score``; ``acc`` 1.0 or 0.0, the score without shaping; ``verdict``; ``answer``, what the box held, or "";
-        ``truncated``.
+        ``score`` and ``acc``, 1.0 or 0.0; ``verdict``; ``answer``, what the box held, or ""; ``truncated``.
 
     Raises:
         ValueError: the ground truth is empty, or no integer where only integers can be right; the run stops and names
             the sample.
     """
-    check, shape = _settings(tuple((verifier or {}).items()), tuple((shaping or {}).items()))
-    verdict, answer = await shared_verifier(check).verify_async(solution_str, ground_truth)
-    info = extra_info or {}
+    settings = _settings(tuple((verifier or {}).items()))
+    verdict, answer = await shared_verifier(settings).verify_async(solution_str, ground_truth)
     right = float(verdict is Verdict.correct)
     return {
-        "score": right - _taken_off(verdict, info, shape),
+        "score": right,
         "acc": right,
         "verdict": verdict.value,
         "answer": answer or "",
-        "truncated": bool(info.get(TRUNCATED, False)),
+        "truncated": bool((extra_info or {}).get(TRUNCATED, False)),
     }
 
 
@@ -103,20 +78,6 @@ async def compute_integer_score(
 ) -> dict[str, Any]:
     """Return `compute_score` where every answer is an integer: no process is started, no other box is ever right."""
     return await compute_score(data_source, solution_str, ground_truth, extra_info, verifier={"strictness": "integer"})
-
-
-def _taken_off(verdict: Verdict, info: Mapping[str, Any], shape: ShapingSettings) -> float:
-    penalty = shape.format_penalty if verdict is Verdict.no_box else 0.0
-    if shape.overlong_penalty > 0:
-        if RESPONSE_TOKENS not in info:
-            raise ValueError(
-                "shaping.overlong_penalty needs the response's length in tokens, which actor_rollout_ref.rollout.agent."
-                "agent_loop_manager_class=rapo_verl.training.rollout.SeededAgentLoopManager gives; set that, or"
-                " overlong_penalty=0"
-            )
-        beyond = info[RESPONSE_TOKENS] - (info[RESPONSE_LIMIT] - shape.overlong_buffer)
-        penalty += shape.overlong_penalty * min(max(beyond / shape.overlong_buffer, 0.0), 1.0)
-    return penalty
 
 
 class VerifierFailingError(RuntimeError):

@@ -19,7 +19,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from rapo_verl.reward.function import RESPONSE_LIMIT, RESPONSE_TOKENS, TRUNCATED, verdict_metrics
+from rapo_verl.reward.function import TRUNCATED, verdict_metrics
 from rapo_verl.run.combinations import is_async
 from rapo_verl.run.files import write_atomic
 from rapo_verl.run.names import FAILURE_FILE, RUN_DIR_VARIABLE
@@ -83,7 +83,7 @@ class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
     async def _finish(self, samples: list[tuple[str, Any, dict]]) -> list[Exception | None]:
         """Score samples and put them into the queue, each in one call; return what was raised of each."""
         for _, output, _ in samples:
-            self._note_length(output)
+            self._note_truncation(output)
         started = time.monotonic()
         results = await self._scored([(output, fields) for _, output, fields in samples])
         alike: dict[tuple, list] = defaultdict(list)
@@ -115,21 +115,19 @@ class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
 
     async def _compute_score(self, outputs: list, kwargs: dict) -> None:
         # verl 0.9.1 experimental/agent_loop/agent_loop.py:967: agent_loop_tq.py:133 logs what it raises and goes on.
-        self._note_length(outputs[-1])
+        self._note_truncation(outputs[-1])
         try:
             await super()._compute_score(outputs, kwargs)
         except Exception as error:  # recorded with its sample, then raised again
             self._record_failure(error, outputs[-1], kwargs)
             raise
 
-    def _note_length(self, output: Any) -> None:
+    def _note_truncation(self, output: Any) -> None:
         """Tell the reward function what only tokens tell: veRL gives it the response as text (naive.py:50)."""
         # Through extra_fields, which naive.py:46 merges into its extra_info.
         length, limit = len(output.response_ids), int(self.rollout_config.response_length)
         ended = length > 0 and output.response_ids[-1] == self.tokenizer.eos_token_id
-        output.extra_fields.update(
-            {RESPONSE_TOKENS: length, RESPONSE_LIMIT: limit, TRUNCATED: length >= limit and not ended}
-        )
+        output.extra_fields[TRUNCATED] = length >= limit and not ended
 
     def _record_failure(self, error: Exception, output: Any, fields: dict) -> None:
         path = failure_path()
