@@ -147,11 +147,9 @@ def test_flipped_byte_of_a_file_without_checksums_of_its_own_is_found(tmp_path, 
     (folder / "actor" / name).write_bytes(bytes(1000))
     finish(folder, 2, WANTED)
     (found,) = read_checkpoints(tmp_path)
-    assert damage(found) == [] and checkpoints.unread(found) == 0
+    assert damage(found) == []
     (folder / "actor" / name).write_bytes(bytes(999) + b"1")
     assert f"{name} is damaged" in damage(found)[0]
-    found.manifest.pop("crc32")  # as an older version saved it
-    assert damage(found) == [] and checkpoints.unread(found) == 1
 
 
 def test_retention_of_none_or_less_keeps_all_as_verl_does(tmp_path):

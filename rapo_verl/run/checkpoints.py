@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from rapo_verl import Refused
 from rapo_verl.run.files import file_crc32, file_sha256, write_atomic
+from rapo_verl.run.inputs import files_of
 
 # In a run's folder.
 MANIFEST = "manifest.json"
@@ -51,19 +52,16 @@ def identity(config: DictConfig) -> dict[str, str]:
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
     description = Path(model.path) / "config.json"
     model_hash = f" {file_sha256(description)[:16]}" if description.is_file() else ""
-    files = config.data.train_files
-    data = [str(file) for file in (files if isinstance(files, list | ListConfig) else [files])]
     ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
     layout = f"{ranks} ranks, {actor.strategy}"
     if actor.strategy == "megatron":
-        sizes = ("tensor", "pipeline", "context")
-        layout += "".join(f" {size[0]}p{actor.megatron[f'{size}_model_parallel_size']}" for size in sizes[:2])
-        layout += f" cp{actor.megatron.context_parallel_size}"
+        sizes = ("tensor_model", "pipeline_model", "context")
+        layout += "".join(f" {size[0]}p{actor.megatron[f'{size}_parallel_size']}" for size in sizes)
         if actor.megatron.dist_ckpt_optim_fully_reshardable and "extra" not in actor.checkpoint.load_contents:
             layout = "megatron, any layout"  # what is loaded belongs to none
     return {
         "model": f"{model.path}{model_hash}",
-        "data": " ".join(_named(Path(file).expanduser()) for file in data),
+        "data": " ".join(map(_named, files_of(config, "train_files"))),
         "world": layout,
     }
 
@@ -97,12 +95,14 @@ def finish(folder: Path, step: int, facts: dict[str, Any]) -> None:
 
 def read_checkpoints(root: Path) -> list[Checkpoint]:
     """Return the checkpoints below ``root``, oldest first."""
-    found = []
-    for folder in root.glob("global_step_*"):
-        match = re.fullmatch(r"global_step_(\d+)", folder.name)
-        if match and folder.is_dir():
-            found.append(_read(int(match[1]), folder))
+    folders = [(re.fullmatch(r"global_step_(\d+)", folder.name), folder) for folder in root.glob("global_step_*")]
+    found = [_read(int(match[1]), folder) for match, folder in folders if match and folder.is_dir()]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def whole_ones(root: Path) -> list[Checkpoint]:
+    """Return the checkpoints below ``root`` of which every file is there, oldest first."""
+    return [checkpoint for checkpoint in read_checkpoints(root) if checkpoint.complete]
 
 
 def _read(step: int, folder: Path) -> Checkpoint:
@@ -146,12 +146,6 @@ def damage(checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def unread(checkpoint: Checkpoint) -> int:
-    """Return how many files `damage` knows by their size only: an older version saved them without checksums."""
-    sums = checkpoint.manifest.get("crc32", {})
-    return sum(not name.endswith(".pt") and name not in sums for name in checkpoint.manifest.get("files", {}))
-
-
 def choose(root: Path, wanted: dict[str, str], *, mend: bool = True) -> tuple[int, list[str]]:
     """Make veRL's tracker name the newest complete checkpoint, and set aside what is newer and incomplete.
 
@@ -168,14 +162,15 @@ def choose(root: Path, wanted: dict[str, str], *, mend: bool = True) -> tuple[in
             none is whole although there were some.
     """
     found, tracker = read_checkpoints(root), root / TRACKER
+    whole = [checkpoint for checkpoint in found if checkpoint.complete]
     named = tracker.read_text().strip() if tracker.exists() else ""
     steps = {checkpoint.step for checkpoint in found}
     if named.isdigit() and int(named) not in steps and not (root / f"global_step_{named}{ASIDE}").exists():
+        complete = ", ".join(str(checkpoint.step) for checkpoint in whole) or "none"
         raise Refused(
             f"{tracker} names step {named}, but {root}/global_step_{named} is gone. Put it back; or write the step to "
-            f"go on from into the tracker ({_list(found)} are complete); or delete the tracker to start again"
+            f"go on from into the tracker ({complete} are complete); or delete the tracker to start again"
         )
-    whole = [checkpoint for checkpoint in found if checkpoint.complete]
     if not whole and any(checkpoint.manifest for checkpoint in found):
         raise Refused(
             f"no checkpoint in {root} is whole: "
@@ -205,15 +200,7 @@ def choose(root: Path, wanted: dict[str, str], *, mend: bool = True) -> tuple[in
 
 
 def resume_point(config: DictConfig, *, mend: bool = True) -> tuple[int, list[str]]:
-    """Return the step that a run goes on from (0: from the start) and what there is to say about it.
-
-    Args:
-        config: of the run.
-        mend: see `choose`.
-
-    Raises:
-        Refused: there is a checkpoint, but the run may not go on from it.
-    """
+    """Return the step that a run goes on from, as `choose` does; Refused if it may not go on from what is there."""
     trainer = config.trainer
     if trainer.resume_mode == "disable":
         return 0, []
@@ -229,11 +216,7 @@ def resume_point(config: DictConfig, *, mend: bool = True) -> tuple[int, list[st
 
 
 def check(checkpoint: Checkpoint, wanted: dict[str, str]) -> None:
-    """Refuse a checkpoint that is not whole, not this run's, or not safe to load.
-
-    Raises:
-        Refused: with everything that is wrong.
-    """
+    """Refuse, with everything that is wrong, a checkpoint that is not whole, not this run's, or not safe to load."""
     wrong = list(checkpoint.problems)
     for key, value in wanted.items():
         if not wrong and checkpoint.manifest.get(key) != value:
@@ -250,12 +233,8 @@ def check(checkpoint: Checkpoint, wanted: dict[str, str]) -> None:
 
 
 def need_room(root: Path) -> None:
-    """Refuse to begin a save that would fill the disk: as large as the last one.
-
-    Raises:
-        Refused: with what is free and what is needed.
-    """
-    whole = [checkpoint for checkpoint in read_checkpoints(root) if checkpoint.complete]
+    """Refuse to begin a save that would fill the disk: as large as the last one."""
+    whole = whole_ones(root)
     if not whole:
         return
     free = shutil.disk_usage(root).free
@@ -272,16 +251,12 @@ def retain(root: Path, keep: int | None, never: int) -> list[int]:
 
     Counts what is on disk, whoever saved it: veRL counts this process's saves only, and removes before saving.
     """
-    whole = [checkpoint for checkpoint in read_checkpoints(root) if checkpoint.complete]
-    keep = max(keep or 0, 0)  # as veRL: none or less than one keeps all
-    gone = [checkpoint for checkpoint in whole[: -keep if keep else None] if keep and checkpoint.step != never]
+    if keep is None or keep < 1:  # as veRL
+        return []
+    gone = [checkpoint for checkpoint in whole_ones(root)[:-keep] if checkpoint.step != never]
     for checkpoint in gone:
         # By one rename first, so that half a folder is never taken for a checkpoint.
         doomed = checkpoint.folder.with_name(f".{checkpoint.folder.name}.removed")
         checkpoint.folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     return [checkpoint.step for checkpoint in gone]
-
-
-def _list(found: list[Checkpoint]) -> str:
-    return ", ".join(str(checkpoint.step) for checkpoint in found if checkpoint.complete) or "none"

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from rapo_verl import Refused
 from rapo_verl.plan.report import show_plan
-from rapo_verl.run.checkpoints import read_checkpoints
+from rapo_verl.run.checkpoints import whole_ones
 from rapo_verl.run.inputs import prompt_tokens, too_few_epochs
 from rapo_verl.run.preflight import cpus_needed
 
@@ -46,10 +46,10 @@ def show_dry_run(config: DictConfig) -> None:
     if problems:
         raise Refused(problems)
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
-    whole = [found.step for found in read_checkpoints(Path(trainer.default_local_dir)) if found.complete]
+    done = [checkpoint.step for checkpoint in whole_ones(Path(trainer.default_local_dir))]
     print(f"a step: {batch} prompts x {rollout.n} responses")
     last = trainer.total_training_steps or f"the last of {trainer.total_epochs} epoch(s)"
-    print(f"steps: {max(whole, default=0)} to {last}, saved every {trainer.save_freq}, in {config.run_dir}")
+    print(f"steps: {max(done, default=0)} to {last}, saved every {trainer.save_freq}, in {config.run_dir}")
     print(f"Ray must count {cpus_needed(config)} CPUs on a node for veRL's actors")
     if trainer.device != "cpu":
         try:

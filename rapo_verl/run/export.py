@@ -53,9 +53,7 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt"])
-        )
+        return Path(snapshot_download(model, allow_patterns=list(_MODEL_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise Refused(f"model {model} is neither a folder here nor to be had from the hub ({error})") from error
 

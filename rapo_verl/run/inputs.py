@@ -16,6 +16,12 @@ OUR_REWARD = "pkg://rapo_verl.reward.function"
 KINDS = {".parquet": "parquet", ".json": "JSON", ".jsonl": "JSON"}
 
 
+def files_of(config: DictConfig, key: str) -> list[Path]:
+    """Return the files of ``data.train_files`` or ``val_files``, of which veRL takes one or a list."""
+    files = config.data[key]
+    return [Path(str(file)).expanduser() for file in (files if isinstance(files, list | ListConfig) else [files])]
+
+
 def problems_of_model(path: str) -> list[str]:
     """Return why this is no model to start from; a hub's is asked for its config."""
     if Path(path).exists():
@@ -106,13 +112,12 @@ def problems_of_data(config: DictConfig) -> list[str]:
         return []  # its own reader
     found = []
     for key in ("train_files", "val_files"):
-        files = config.data[key]
         rows = 0
-        if not files:
-            found.append(f"data.{key} is {files}; give a file of problems, or a list of them")
+        if not config.data[key]:
+            found.append(f"data.{key} is {config.data[key]}; give a file of problems, or a list of them")
             continue
-        for file in files if isinstance(files, list | ListConfig) else [files]:
-            problems, count = _read(f"data.{key}: {file}", Path(str(file)).expanduser(), config)
+        for file in files_of(config, key):
+            problems, count = _read(f"data.{key}: {file}", file, config)
             found += problems
             rows += count
         batch = config.data.train_batch_size
@@ -213,15 +218,15 @@ def prompt_tokens(row: dict[str, Any], config: DictConfig, tokenizer: Any) -> in
 def too_few_that_fit(config: DictConfig) -> list[str]:
     """Return whether veRL's filter of long prompts leaves less than a batch; reads no further than it must."""
     data = config.data
-    files = list(data.train_files) if isinstance(data.train_files, list | ListConfig) else [data.train_files]
-    if not data.filter_overlong_prompts or data.custom_cls.path or any(Path(f).suffix != ".parquet" for f in files):
+    files = files_of(config, "train_files")
+    if not data.filter_overlong_prompts or data.custom_cls.path or any(file.suffix != ".parquet" for file in files):
         return []
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
     fit, rows, shortest = 0, 0, float("inf")
     for file in files:
-        for batch in pq.ParquetFile(Path(file).expanduser()).iter_batches(1024, columns=[data.prompt_key]):
+        for batch in pq.ParquetFile(file).iter_batches(1024, columns=[data.prompt_key]):
             for row in batch.to_pylist():
                 tokens = prompt_tokens(row, config, tokenizer)
                 rows, shortest = rows + 1, min(shortest, tokens)

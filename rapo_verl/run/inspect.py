@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rapo_verl import Refused
-from rapo_verl.run.checkpoints import check, damage, read_checkpoints, unread
+from rapo_verl.run.checkpoints import check, damage, read_checkpoints
 from rapo_verl.run.export import exported, merge_into
 from rapo_verl.run.names import CHECKPOINTS_DIR, CONFIG_FILE
 
@@ -35,12 +35,9 @@ def show_checkpoints(run: Path, *, verify: bool) -> bool:
     for checkpoint in found:
         problems = damage(checkpoint) if verify else list(checkpoint.problems)
         whole = whole and not problems
-        saved = (
-            time.strftime("%F %T", time.localtime(checkpoint.manifest.get("time", 0))) if checkpoint.manifest else ""
-        )
-        bare = unread(checkpoint)
-        read = f"read, but {bare} file(s) have no checksum: sizes only" if bare else "every byte read"
-        state = "; ".join(problems[:3]) or (read if verify else "complete")
+        made = checkpoint.manifest.get("time")
+        saved = time.strftime("%F %T", time.localtime(made)) if made else ""
+        state = "; ".join(problems[:3]) or ("every byte read" if verify else "complete")
         world = str(checkpoint.manifest.get("world", ""))
         table.add_row(str(checkpoint.step), saved, f"{checkpoint.size / (1 << 30):.2f}", world, state)
     Console(width=140).print(table)

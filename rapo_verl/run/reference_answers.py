@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from rapo_verl import Refused
 from rapo_verl.method.reference_answers import answer_shares, token_weights
 from rapo_verl.reward import VerifierSettings
 from rapo_verl.run.export import model_sha256, resolve_model
 from rapo_verl.run.files import file_sha256
+from rapo_verl.run.inputs import OUR_REWARD, files_of
 
 ANSWERS_FILE = "answers.parquet"
 FORMAT = "rapo_verl.reference_answers/1"
@@ -160,7 +161,7 @@ def problems_of_answers(config: DictConfig) -> list[str]:
     except Refused as error:
         return [*found, str(error)]
     reward = config.reward.custom_reward_function
-    if reward.path == "pkg://rapo_verl.reward.function":
+    if reward.path == OUR_REWARD:
         given = (reward.get("reward_kwargs") or {}).get("verifier") or {}
         integer = reward.name == "compute_integer_score"
         strictness = "integer" if integer else given.get("strictness", VerifierSettings().strictness)
@@ -180,8 +181,7 @@ def problems_of_answers(config: DictConfig) -> list[str]:
             f"rapo.forward_kl.samples {kl.samples} are another base's ({stated['model']}) than actor_rollout_ref.model."
             f"path {model}: its weights, tokenizer or chat template differ; {HOW}"
         )
-    files = config.data.train_files
-    files = [Path(str(file)) for file in (files if isinstance(files, list | ListConfig) else [files])]
+    files = files_of(config, "train_files")
     shas = sorted(file_sha256(file) for file in files)
     if shas != sorted(stated["data_sha256"].values()):
         found.append(f"rapo.forward_kl.samples {kl.samples} answer another file than data.train_files; {HOW}")

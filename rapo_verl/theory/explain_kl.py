@@ -1,8 +1,10 @@
 """`rapo explain-kl`: what a KL setting does, in sentences whose every number is enumerated (`estimator_table`)."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -170,14 +172,30 @@ def show(setting: Setting, console: Console) -> None:
 
 def page() -> str:
     """Return docs/estimators.md."""
-    rows = ["| `--setting` | is | where | on-policy it descends | four updates later | 1 % of a mode left: pull |"]
-    rows.append("|---|---|---|---|---|---|")
+    sections = []
+    for title, distance in (
+        (f"Near the reference (logits moved by {exact.NEAR})", exact.NEAR),
+        (f"Far from it ({exact.FAR})", exact.FAR),
+    ):
+        on, off = (exact.make_pair(distance, updates=updates) for updates in (0, 4))
+        rows = [
+            (f"`{name}`", words, *map(_number, (*exact.quality(name, on), *exact.quality(name, off)[:2])))
+            for name, words in exact.ROWS.items()
+        ]
+        sections.append((title, exact.forward_kl(on), rows))
+    settings = []
     for name, (title, (term,), _, _) in SETTINGS.items():
         told = [descends(term.estimator, updates) for updates in (0, 4)]
         pull = f"{_clean(exact.pull(term.estimator, 0.01)):.2g}"
         cells = (f"{title}: {term.words}", term.place, *told, pull)
-        rows.append(f"| `{name}` | {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join([exact.table(), BY_NAME, *rows, ""])
+        settings.append((f"`{name}`", *(cell.replace("|", "\\|") for cell in cells)))
+    text = (Path(__file__).parent / "estimators.md.j2").read_text(encoding="utf-8")
+    template = Template(text, trim_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    return template.render(exact=exact, sections=sections, settings=settings)
+
+
+def _number(value: float) -> str:
+    return "0" if value < 1e-9 else f"{value:.2g}" if value < 1e4 else f"{value:.1e}"
 
 
 READING = (
@@ -185,11 +203,3 @@ READING = (
     f"reference in their logits, an update moves them by {exact.UPDATE}. Off: error of the expected gradient over the "
     "true one's norm. docs/estimators.md has all of them."
 )
-BY_NAME = """\
-## Other frameworks, by name
-
-`rapo explain-kl --setting NAME`. As their sources read in 2026 (NeMo-RL 006907a, TRL 00313f2, OpenRLHF with its clamp,
-veRL 0.9.1); veRL's are called, the others' formulas are written down in `estimator_table.OTHERS`. "Off": an error as
-above. The last column: with what part of the forward KL's force a mode is pulled back that has half of the reference's
-mass and of which the policy kept 1 %; the reverse KL's is 0.093.
-"""
