@@ -70,6 +70,8 @@ METHODS: dict[str, list[Settings]] = {
     "RAPO, reference answers m = 128": answers(128),
     # The library draws at most `samples_per_prompt` = 8 of a prompt's answers a step; the rows above take them all.
     "RAPO, reference answers m = 128, 8 a step": [Settings(m=128, answers=1.0, k=8)],
+    # Five times a cell's cost: the coefficient that n = 8 chose, no tries of its own.
+    "GRPO, low_var_kl 3e-1, n = 40": [Settings(n=40, kl="low_var_kl", kl_coef=0.3)],
     # Added when all four tries above had collapsed at the learning rate of the others: four more, so eight in all.
     "negative-sample reinforcement, small steps": [
         Settings(lr=lr, advantage="negative", positive=p) for lr in (2e-5, 1e-4) for p in (0.0, 0.1)
@@ -92,7 +94,7 @@ CONTRASTS = (
     ("RAPO (bounded)", "RAPO (paper)"),
     ("RAPO, reference answers m = 32", "base"),
     ("RAPO, reference answers m = 32", "GRPO, low_var_kl"),
-    ("RAPO, reference answers m = 32", "GRPO, low_var_kl, n = 40"),
+    ("RAPO, reference answers m = 32", "GRPO, low_var_kl 3e-1, n = 40"),
     ("RAPO, reference answers m = 32", "RAPO (bounded)"),
     ("RAPO, reference answers m = 32", "RAPO, reference answers m = 8"),
     ("RAPO, reference answers m = 8", "GRPO, low_var_kl, n = 16"),
@@ -101,7 +103,7 @@ CONTRASTS = (
     ("RAPO, reference answers m = 128", "base"),
     ("RAPO, reference answers m = 128", "GRPO, low_var_kl 1e-2"),
     ("RAPO, reference answers m = 128", "GRPO, low_var_kl"),
-    ("RAPO, reference answers m = 128", "GRPO, low_var_kl, n = 40"),
+    ("RAPO, reference answers m = 128", "GRPO, low_var_kl 3e-1, n = 40"),
     ("RAPO, reference answers m = 32", "rejection-sampling SFT, m = 32"),
     ("answers m = 32, 1, low_var_kl 1e-1", "answers m = 32, 1"),
     ("answers m = 32, wrong ones too", "RAPO, reference answers m = 32"),

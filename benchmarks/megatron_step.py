@@ -4,6 +4,8 @@
     python benchmarks/megatron_step.py --recipe qwen2.5_3b_rapo_fsdp2 --layers 8 --seconds 90
     python benchmarks/megatron_step.py --recipe toy_rapo_cpu --model runs/toy/base0/model --sequences 8 --prompt 8
         --response 16 --rounds 1                                          # its code, on a processor
+    python benchmarks/megatron_step.py --recipe toy_rapo_cpu --model runs/toy/base0/model --sequences 256 --prompt 20
+        --response 24 --rounds 9 --answers 1 8                            # RAPO and what reference answers add
 
 One worker, one engine, one batch for every row: log-prob pass, reference pass (RAPO's at a temperature per sample) and
 one update. There is no rollout; the tokens are random. Rows: GRPO (low_var_kl) by veRL's head, which is the measure,
@@ -33,6 +35,8 @@ from rapo_verl.toy.smoke import attention_overrides
 
 OFF = {"forward_kl": {"coef": 0.0}, "reference": {"phi_min": 1.0}}
 MEASURE = "GRPO, veRL's head"
+# On a processor its own seconds: other programs' do not count.
+CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time
 STAGES = ("old_log_prob", "ref", "update_actor", "step")
 
 
@@ -43,6 +47,8 @@ class Row:
     rapo: RapoConfig
     loss: Callable
     own_head: bool
+    # Reference answers in the update, rows of the batch itself once more.
+    answers: int = 0
 
 
 def random_batch(sequences: int, prompt: int, response: int) -> TensorDict:
@@ -70,7 +76,26 @@ def random_batch(sequences: int, prompt: int, response: int) -> TensorDict:
     )
 
 
-def one_step(actor: Any, reference: Any, batch: TensorDict) -> dict[str, float]:
+def with_answers(data: TensorDict, count: int) -> TensorDict:
+    """Return the batch and its first rows once more as an update has reference answers: no mask, a weight."""
+    from verl.utils import tensordict_utils as tu
+
+    from rapo_verl.training.answers import ROWS, WEIGHT
+
+    def joined(name: str) -> torch.Tensor:
+        rows = list(data[name].unbind())
+        empty = name in ("response_mask", "loss_mask", "advantages")
+        rows += [torch.zeros_like(row) if empty else row for row in rows[:count]]
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged) if data[name].is_nested else torch.stack(rows)
+
+    fields = {name: joined(name) for name, value in data.items() if isinstance(value, torch.Tensor)}
+    fields[WEIGHT] = torch.tensor([0.0] * len(data) + [1 / count] * count)
+    joined_data = TensorDict(fields, batch_size=[len(data) + count])
+    tu.assign_non_tensor(joined_data, **{ROWS: count})
+    return joined_data
+
+
+def one_step(actor: Any, reference: Any, batch: TensorDict, answers: int = 0) -> dict[str, float]:
     """Return the seconds of each stage."""
     from verl.utils import tensordict_utils as tu
     from verl.utils.device import get_torch_device
@@ -84,10 +109,10 @@ def one_step(actor: Any, reference: Any, batch: TensorDict) -> dict[str, float]:
     def timed(stage: str, call: Any, **settings: Any) -> Any:
         tu.assign_non_tensor(data, temperature=1.0, **settings)
         get_torch_device().synchronize()
-        start = time.perf_counter()
+        start = CLOCK()
         out = call(data.copy())
         get_torch_device().synchronize()
-        seconds[stage] = time.perf_counter() - start
+        seconds[stage] = CLOCK() - start
         return out
 
     out = timed("old_log_prob", actor.compute_log_prob, calculate_entropy=True, compute_loss=False)
@@ -98,6 +123,8 @@ def one_step(actor: Any, reference: Any, batch: TensorDict) -> dict[str, float]:
         if name in out:
             data[name] = out[name]
     size = len(data)
+    if answers:
+        data = with_answers(data, answers)
     timed(
         "update_actor", actor.update_actor, calculate_entropy=True, compute_loss=True, global_batch_size=size,
         mini_batch_size=size, epochs=1, seed=0, dataloader_kwargs={"shuffle": False},
@@ -105,11 +132,12 @@ def one_step(actor: Any, reference: Any, batch: TensorDict) -> dict[str, float]:
     return {**seconds, "step": sum(seconds.values())}
 
 
-def rows_of(actor_config: Any, on: RapoConfig) -> dict[str, Row]:
-    """Return the methods that are compared."""
+def rows_of(actor_config: Any, on: RapoConfig, answers: dict[str, int]) -> dict[str, Row]:
+    """Return the methods that are compared; where there are numbers of answers, RAPO without and with those."""
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.utils.losses import ppo_loss
 
+    from rapo_verl.training.answers import with_reference_answers
     from rapo_verl.training.loss import rapo_policy_loss
 
     grpo = OmegaConf.merge(actor_config, {"use_kl_loss": True, "kl_loss_type": "low_var_kl", "kl_loss_coef": 1e-4})
@@ -120,15 +148,21 @@ def rows_of(actor_config: Any, on: RapoConfig) -> dict[str, Row]:
         settings = replace(on, forward_kl=replace(on.forward_kl, estimator=estimator))
         return Row(settings, partial(rapo_policy_loss, config=omega_conf_to_dataclass(plain), rapo=settings), True)
 
+    bounded = rapo("bounded")
+    if answers:
+        loss = partial(with_reference_answers, policy_loss=bounded.loss, coef=1.0)
+        return {"RAPO bounded": bounded} | {k: replace(bounded, loss=loss, answers=n) for k, n in answers.items()}
     return {
         MEASURE: Row(off, grpo_loss, False),
         "GRPO, our head": Row(off, grpo_loss, True),
-        "RAPO bounded": rapo("bounded"),
+        "RAPO bounded": bounded,
         "RAPO topk": rapo("topk"),
     }
 
 
-def measure(config: Any, batch: TensorDict, rounds: int, end: float) -> dict[str, list[dict[str, float]]]:
+def measure(
+    config: Any, batch: TensorDict, rounds: int, end: float, answers: list[int]
+) -> dict[str, list[dict[str, float]]]:
     """Return seconds of the stages and peak GiB of every step of each row, made in turn until the time is up."""
     from verl.utils.device import get_torch_device
 
@@ -140,7 +174,8 @@ def measure(config: Any, batch: TensorDict, rounds: int, end: float) -> dict[str
     reference.init_model()
     actor.init_model()
     print(f"models built in {time.monotonic() - start:.0f} s", flush=True)
-    rows = rows_of(group.actor, actor.rapo)
+    prompts = len(batch) // group.rollout.n
+    rows = rows_of(group.actor, actor.rapo, {f"with {k} a prompt": k * prompts for k in answers})
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
     for number in range(rounds + 1):
         for name, row in rows.items():
@@ -152,7 +187,7 @@ def measure(config: Any, batch: TensorDict, rounds: int, end: float) -> dict[str
             actor.actor.set_loss_fn(row.loss)
             actor.actor.engine.own_head = reference.ref.engine.own_head = row.own_head
             device.reset_peak_memory_stats()
-            step = one_step(actor, reference, batch)
+            step = one_step(actor, reference, batch, row.answers)
             step["peak GiB"] = device.max_memory_allocated() / (1 << 30)
             steps[name].append(step)
             print(f"{name:18} {number}: " + ", ".join(f"{key} {x:.3f}" for key, x in step.items()), flush=True)
@@ -187,6 +222,7 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no step is begun after so many")
+    parser.add_argument("--answers", type=int, nargs="*", default=[], help="to each prompt, for RAPO's update")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     # As in a worker of Ray's (one processor, OMP_NUM_THREADS=1): on a busy machine more threads wait for one another.
@@ -201,7 +237,7 @@ def main() -> None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             random_checkpoint(args.shape, Path(model), layers=args.layers, device=device)
         print_table(measure(configured(args, model), random_batch(args.sequences, args.prompt, args.response),
-                            args.rounds, end))  # fmt: skip
+                            args.rounds, end, args.answers))  # fmt: skip
 
 
 def configured(args: argparse.Namespace, model: str) -> Any:

@@ -132,11 +132,18 @@ def test_step_benchmark_prints_what_there_is_when_the_time_is_up(bench, capsys):
 
 
 @pytest.mark.slow
-def test_step_benchmark_takes_every_row_on_a_processor(tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("more", "rows"),
+    [
+        ([], ["GRPO, veRL's head", "GRPO, our head", "RAPO bounded", "RAPO topk"]),
+        (["--answers", "1", "8"], ["RAPO bounded", "with 1 a prompt", "with 8 a prompt"]),
+    ],
+)
+def test_step_benchmark_takes_every_row_on_a_processor(tiny, tmp_path, more, rows):
     random_checkpoint(tiny, tmp_path / "model")
     command = [sys.executable, "benchmarks/megatron_step.py", "--recipe", "toy_rapo_cpu", "--model", tmp_path / "model"]
-    command += ["--sequences", "4", "--prompt", "4", "--response", "8", "--rounds", "1"]
+    command += ["--sequences", "8", "--prompt", "4", "--response", "8", "--rounds", "1", *more]
     done = subprocess.run(list(map(str, command)), cwd=CLONE, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    table = done.stdout.splitlines()[-4:]
-    assert [line[:18].strip() for line in table] == ["GRPO, veRL's head", "GRPO, our head", "RAPO bounded", "RAPO topk"]
+    table = done.stdout.splitlines()[-len(rows) :]
+    assert [line[:18].strip() for line in table] == rows
