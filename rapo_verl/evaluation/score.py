@@ -58,12 +58,8 @@ def score(
 ) -> int:
     """Judge every problem whose verdicts are missing or rest on something else, and return how many were.
 
-    Args:
-        store: samples of every problem must be there.
-        settings: of the verifier; timeouts are tried once more alone.
-        jobs: processes; default one a core. 1 stays in this process.
-        started: called with the number of problems to judge.
-        done: called after each.
+    ``jobs`` processes, by default one a core; 1 stays in this process. ``started`` is called with the number of
+    problems to judge, ``done`` after each.
     """
     todo = _outdated(store, settings)
     started(len(todo))

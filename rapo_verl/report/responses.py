@@ -116,7 +116,7 @@ def majority_at(
         classes: of each sample, (n,): -1 no answer, 0 right, above 0 a wrong one.
         ks: sizes, each in 1..n.
         seed: of the subsets.
-        draws: subsets.
+        draws: how many of them.
     """
     rng = np.random.default_rng(seed)
     found = np.zeros(len(ks))
