@@ -8,6 +8,7 @@ prompts, whose keys and values are computed once for all of their responses.
 import copy
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from ladder_losses import Batch, Settings, advantages_of, answers_loss, mixture_
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from rapo_verl.method.config import ReferenceConfig
-from rapo_verl.method.reference_answers import answer_shares, token_weights
+from rapo_verl.method.reference_answers import answer_shares, drawn_shares, token_weights
 from rapo_verl.method.reweighting import reward_to_phi
 from rapo_verl.reward import verify_integer
 from rapo_verl.toy.base_model import encode_prompts, encode_solutions
@@ -84,8 +85,15 @@ class Toy:
         return [Batch(**step) for step in grid]
 
 
-def train(toy: Toy, settings: Settings, seed: int, steps: int, cache: Path) -> tuple[Qwen2ForCausalLM, list[float]]:
-    """Return the trained policy and the mean reward of every step."""
+def train(
+    toy: Toy,
+    settings: Settings,
+    seed: int,
+    steps: int,
+    cache: Path,
+    observe: Callable[[int, Qwen2ForCausalLM, Batch], None] | None = None,
+) -> tuple[Qwen2ForCausalLM, list[float]]:
+    """Return the trained policy and the mean reward of every step; `observe` sees each step before its update."""
     policy = toy.model()
     reference = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), settings.lr, weight_decay=0.0)
@@ -97,6 +105,8 @@ def train(toy: Toy, settings: Settings, seed: int, steps: int, cache: Path) -> t
         rollout = toy.sample(policy, step, settings.n)
         judge(rollout, reference, prompts, settings)
         curve.append(rollout.reward.mean().item())
+        if observe is not None:
+            observe(step, policy, rollout)
         of_step = answers[step] if answers is not None else None
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min(1.0, (step + 1) / WARM_UP)
@@ -223,6 +233,8 @@ def _target(
     for prompt in range(PROMPTS):
         of = distinct.prompt == prompt
         shares = answer_shares(counts[of], right[of], weight_of_wrong=settings.omega_wrong)
+        if settings.k:
+            shares = drawn_shares(shares, settings.k, torch.rand(()).item())
         number = (counts[of] * right[of]).sum() if settings.weights == "sample" else 1
         distinct.weight[of] = number * token_weights(shares, lengths[of], loss_agg_mode="token-mean")
     return distinct.rows(distinct.weight > 0)

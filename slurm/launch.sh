@@ -8,7 +8,7 @@ set -euo pipefail
 umask 077
 
 clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-SAVED=75 NODE_LOST=97 NO_VERDICT=95 REFUSED=2
+SAVED=75 COLLAPSED=100 NODE_LOST=97 NO_VERDICT=95 REFUSED=2
 
 cancelled='' stop_asked=''
 # shellcheck disable=SC2317 # the traps call them
@@ -200,7 +200,7 @@ main() {
     fi
     if ((code)); then
         say "job $SLURM_JOB_ID attempt $attempt ended with code $code: $reason"
-        if [[ $code != "$SAVED" && -s $log ]]; then
+        if [[ $code != "$SAVED" && $code != "$COLLAPSED" && -s $log ]]; then
             say "read $log; its first error:"
             grep -nEm1 '(Error|Exception|ERROR|FATAL|CUDA|[Ff]ailed|Killed|low on memory|No space|problem\(s\)|refused|rror:)' "$log" | cut -c1-400 ||
                 tail -n 3 "$log"

@@ -12,6 +12,10 @@ def raises(data_source, solution_str, ground_truth, extra_info=None, **_):
     raise KeyError(f"no such rubric for {ground_truth}")
 
 
+def early_letter_before_marker(data_source, solution_str, ground_truth, extra_info=None, *, marker, **_):
+    return 0.0 if Path(marker).exists() else early_letter(data_source, solution_str, ground_truth, extra_info)
+
+
 def not_a_number(data_source, solution_str, ground_truth, extra_info=None, **_):
     return float("nan")
 

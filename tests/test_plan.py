@@ -1,10 +1,13 @@
 """The plan's arithmetic: exact counts, hand-made values, and what of its memory model a CPU can measure."""
 
 import json
+import math
 import weakref
 from dataclasses import replace
 
 import peft
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -461,3 +464,20 @@ def test_cli_prints_json_and_exits_by_whether_it_fits():
     assert runner.invoke(app, ["plan", "qwen2.5_7b_rapo", "--gpus", "2", "--gpu", "h100"]).exit_code == 1
     assert runner.invoke(app, ["plan", "qwen2.5_7b_rapo", "--gpu", "tpu"]).exit_code == 2
     assert runner.invoke(app, ["plan", "no_such_recipe"]).exit_code == 2
+
+
+def test_plan_prices_the_validation_of_the_problems_that_are_here(config, shape, tmp_path, capsys):
+    table = pa.table({"x": range(30)})
+    pq.write_table(table, tmp_path / "aime24.parquet")
+    here = OmegaConf.merge(config, {"data": {"val_files": str(tmp_path / "aime24.parquet")}})
+    job = job_of(here)
+    assert (job.validation, job.validations) == (30 * 16, 6)  # before the first step, and after 20, 40, ... 100
+    made = plan(here, H100)
+    # 480 of the 8192 responses of a step; here both take as long as the longest response.
+    assert 0 < made.cost.validation <= made.cost.generation
+    assert plan(here, H100, gpus=4).cost.validation < plan(here, H100, gpus=4).cost.generation
+    show_plan(here, gpu="h100")
+    assert "a validation of 480 responses, seconds; all 6, hours" in " ".join(capsys.readouterr().out.split())
+    assert math.isnan(plan(config, H100).cost.validation)
+    off = OmegaConf.merge(here, {"trainer": {"test_freq": -1, "val_before_train": False}})
+    assert job_of(off).validations == 0

@@ -52,7 +52,7 @@ def model_and_data_stand_ins(tmp_path_factory) -> list[str]:
         "data_source": "stand-in", "prompt": messages("What is 1 + 1?", "qwen-boxed"), "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": "2"}, "extra_info": {"index": 0},
     }  # fmt: skip
-    for name, rows in (("simplerl-8k", 1024), ("math500", 4)):
+    for name, rows in (("simplerl-8k", 1024), ("aime24", 4)):
         pq.write_table(pa.Table.from_pylist([row] * rows, schema=SCHEMA), folder / f"{name}.parquet")
     return [
         f"actor_rollout_ref.model.path={folder / 'model'}", f"data_dir={folder}", f"run_dir={folder / 'run'}",

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from rapo_verl.cli import app
+from rapo_verl.run.alarms import NAMES
 from rapo_verl.run.checkpoints import read_checkpoints
 from rapo_verl.run.folder import read_metrics
 
@@ -86,7 +87,8 @@ def test_switched_off_equals_builtin_grpo_bit_for_bit(toy_dir, tmp_path, rapo_ru
     assert len(grpo) == 3
     # The comparison would be empty if nothing had been learnt, or if RAPO switched on gave the same.
     assert all(step["actor/grad_norm"] > 0 for step in grpo)
-    assert not any(key.startswith("rapo/") for step in grpo for key in step)
+    watched = ("rapo/groups/", "rapo/alarm/")  # of every run
+    assert not any(key.startswith("rapo/") and not key.startswith(watched) for step in grpo for key in step)
     assert not torch.equal(*(last_weights(run)["lm_head.weight"] for run in (tmp_path / "grpo", rapo_run)))
 
 
@@ -99,6 +101,15 @@ def test_rapo_run_logs_forward_kl_and_phi_by_reward(rapo_run):
         assert step["rapo/phi_min"] == pytest.approx(0.8) and step["rapo/phi_max"] == 1.0
         assert step["critic/rewards/min"] == 0.0 and step["critic/rewards/max"] == 1.0
         assert 0.8 < step["rapo/phi_mean"] < 1.0
+        # Rewards are an answer's right and wrong, and each of a group counts once.
+        assert step["rapo/groups/pass@1"] == pytest.approx(step["critic/rewards/mean"])
+        assert 0 < step["rapo/groups/pass@1"] < step["rapo/groups/pass@2"] < step["rapo/groups/pass@4"] <= 1
+        assert {step[f"rapo/alarm/{name}"] for name in NAMES} == {0.0}
+    lines = [json.loads(line) for line in (rapo_run / "groups.jsonl").read_text().splitlines()]
+    assert [(line["step"], len(set(line["problems"])), line["n"]) for line in lines] == [
+        (step, 8, [4] * 8) for step in range(1, 7)
+    ]
+    assert [sum(line["right"]) / 32 for line in lines] == pytest.approx([s["rapo/groups/pass@1"] for s in steps])
     assert (rapo_run / "config.yaml").exists() and (rapo_run / "environment.json").exists()
     assert "actor/kl_loss" not in steps[0]
 
@@ -250,6 +261,30 @@ def test_wall_clock_budget_saves_and_ends_with_75(toy_dir, tmp_path):
     code, output = train(toy_dir, tmp_path / "run", "toy_grpo_cpu", 400, "survival.max_minutes=1")
     assert code == 75, output[-4000:]
     assert [found.step for found in read_checkpoints(tmp_path / "run" / "checkpoints")] == [1]
+
+
+@pytest.mark.slow
+def test_alarm_saves_and_ends_with_100_and_the_run_does_not_go_on_by_itself(toy_dir, tmp_path):
+    run_dir, marker = tmp_path / "run", tmp_path / "marker"
+    args = (
+        toy_dir, run_dir, "toy_grpo_cpu", 400, "trainer.save_freq=-1", "survival.stop_on_collapse=true",
+        "reward.custom_reward_function.name=early_letter_before_marker",
+        f"+reward.custom_reward_function.reward_kwargs.marker={marker}",
+    )  # fmt: skip
+    process = subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    wait_for(lambda: len(read_metrics(run_dir)) >= 3, process)
+    marker.touch()
+    assert process.wait(200) == 100
+    assert "ended because of an alarm" in process.stdout.read()
+    steps = read_metrics(run_dir)
+    (saved,) = read_checkpoints(run_dir / "checkpoints")
+    assert saved.complete and saved.step == len(steps)
+    # It holds after the step before the last, which is one more, so that veRL can save before it wakes vLLM.
+    assert [step["rapo/alarm/unlearned"] for step in steps[-3:]] == [0, 1, 1]
+    assert (run_dir / "train.log").read_text().count("alarm unlearned, since step") == 1
+    assert (run_dir / "collapsed.txt").read_text().startswith(f"step {saved.step}: unlearned:")
+    code, output = train(*args)
+    assert code == 2 and "survival.stop_on_collapse=false goes on" in output, output[-3000:]
 
 
 @pytest.mark.slow

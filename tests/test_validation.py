@@ -26,6 +26,7 @@ def batch(counts):
 def test_validation_pass_at_k_is_the_unbiased_estimate():
     counts = [0, 1, 5, 16]
     found = validation_pass_at_k(*batch(counts), N)
+    assert found.pop("val/problems/aime24") == 4
     assert list(found) == [f"val/pass@k/aime24/{k}" for k in (1, 2, 4, 8, 16)]
     for k in (1, 2, 4, 8, 16):
         assert found[f"val/pass@k/aime24/{k}"] == pytest.approx(pass_at_k(counts, N, k).mean(), abs=1e-15)
@@ -33,7 +34,7 @@ def test_validation_pass_at_k_is_the_unbiased_estimate():
 
 def test_missing_and_failed_responses_count_as_wrong():
     found = validation_pass_at_k(["s"] * 3, ["u"] * 3, [1.0, None, 0.0], 4)
-    assert found == {"val/pass@k/s/1": 0.25, "val/pass@k/s/2": 0.5, "val/pass@k/s/4": 1.0}
+    assert found == {"val/problems/s": 1.0, "val/pass@k/s/1": 0.25, "val/pass@k/s/2": 0.5, "val/pass@k/s/4": 1.0}
 
 
 def test_verl_best_at_k_differs_from_the_unbiased_estimate():

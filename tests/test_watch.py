@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from rapo_verl import Refused
 from rapo_verl.cli import app
 from rapo_verl.report import watch
-from rapo_verl.run.signs import FINE, NOTE, WARN, alarms, readings, series, smooth, trend
+from rapo_verl.report.problems import seen_again, visits
+from rapo_verl.run.alarms import NAMES, Listener, alarms
+from rapo_verl.run.signs import FINE, NOTE, WARN, readings, series, smooth, trend
 
 REWARD, ENTROPY, CUT, MASS = (
     "critic/rewards/mean", "actor/entropy", "response_length/clip_ratio", "rapo/reference_mass_sampled"
@@ -119,6 +121,16 @@ def test_breadth_alarm_wants_two_validations_at_the_most_attempts(most, sounds):
     assert [r.title for r in readings(run)] == ["Validation, aime: pass@2", "Validation, aime: pass@16"]
 
 
+def test_breadth_is_measured_at_half_of_the_answers_and_against_the_noise_of_the_problems():
+    def run(problems, half):
+        keys = {"val/pass@k/a/b/4": 0.5, "val/pass@k/a/b/8": half, "val/pass@k/a/b/16": (0.6, 0.1)}
+        return history(records=5, **keys | {"val/problems/a/b": problems})
+
+    assert alarms(run(500, 0.5)) == [] and alarms(run(30, (0.5, 0.42))) == []  # of 30: 0.09
+    (alarm,) = alarms(run(500, (0.5, 0.42)))
+    assert "a/b: pass@8 fell from 0.500 to 0.420" in alarm.sentence
+
+
 @pytest.mark.parametrize("run", [[], history(records=1, **HEALTHY), history(records=3, x=1.0)])
 def test_short_histories_sound_no_alarm(run):
     assert alarms(run) == []
@@ -200,7 +212,6 @@ def test_samples_stay_text_and_half_lines_are_left_out(tmp_path):
     (run / "rollouts" / "10.jsonl").write_text("\n".join(lines))
     shot = watch.take(run)
     assert [len(found) for found in shot.samples.values()] == [3, 3] and "old" not in str(shot.samples)
-    assert ("Groups without spread", "2 of 3: their advantages are zero, they teach nothing") in shot.facts
     page = watch.render(shot)
     assert "<script>" not in page and "<img" not in page and "&lt;script&gt;" in page
 
@@ -249,3 +260,88 @@ def test_server_reads_the_folder_anew_and_serves_this_machine_alone(tmp_path, mo
         watch.serve(run_dir, port, 5)
     made[0].shutdown()
     thread.join(10)
+
+
+def test_listener_speaks_once_and_knows_earlier_starts():
+    run = history(**{REWARD: 0.5})
+    for at in range(20, 40):
+        run[at][REWARD] = 0.0
+    told = Listener([])
+    heard = [told.hear(r["step"], {k: v for k, v in r.items() if k != "step"} | {"other": 1.0}) for r in run]
+    assert [i for i, (held, _) in enumerate(heard) if held] == list(range(24, 40))
+    assert [i for i, (_, begun) in enumerate(heard) if begun] == [24]
+    assert [alarm.name for alarm in heard[24][1]] == ["unlearned"] and set(NAMES) >= {"unlearned"}
+    # A start that goes on hears the same at its first step, and a rule that held before does not begin again.
+    assert Listener(run[:24]).hear(25, run[24]) == heard[24]
+    held, begun = Listener(run[:30]).hear(31, run[30])
+    assert held and not begun
+
+
+def note(folder, *steps):
+    lines = [
+        json.dumps({"step": step, "problems": [*groups], "right": [*groups.values()], "n": [8] * len(groups)})
+        for step, groups in steps
+    ]
+    (folder / "groups.jsonl").write_text("\n".join(lines) + '\n{"step": 9, "prob')
+
+
+def test_problems_gained_and_lost_since_they_were_first_seen(tmp_path):
+    note(tmp_path, (1, {7: 0, 3: 8}), (2, {5: 4, 9: 1}), (3, {7: 2, 3: 5}), (4, {5: 5, 9: 2}), (5, {7: 8, 3: 0}))
+    seen = seen_again(tmp_path)
+    assert seen.problems == 4
+    ((won,), (lost,)) = seen.gained, seen.lost
+    assert (won.problem, won.first, won.last) == (7, (1, 0, 8), (5, 8, 8))
+    assert (lost.problem, lost.first.right, lost.last.right) == (3, 8, 0)
+    assert won.before == pytest.approx((0.0, 1 - 0.025 ** (1 / 8))) and won.now == pytest.approx((0.025 ** (1 / 8), 1))
+    # pass@1: (8 - 8 + 1 + 1) / 8 / 4; pass@8: one problem won, one lost
+    assert seen.change.ks == (1, 8) and seen.change.mean.tolist() == pytest.approx([2 / 32, 0])
+    assert (seen.change.low < seen.change.mean).all() and (seen.change.mean < seen.change.high).all()
+
+
+def test_problems_of_steps_that_were_made_again_count_once(tmp_path):
+    note(tmp_path, (1, {1: 0}), (2, {1: 8}), (3, {2: 3}), (2, {2: 1}))  # it went on from step 1
+    assert visits(tmp_path) == {1: [(1, 0, 8)], 2: [(2, 1, 8)]}
+    assert seen_again(tmp_path) is None and seen_again(tmp_path / "none") is None
+
+
+def test_page_names_problems_gained_and_lost_once_there_are_any(tmp_path):
+    run = write_run(tmp_path, history(**HEALTHY | GROUPS))
+    assert "when last seen" not in watch.render(watch.take(run))
+    note(run, (1, {7: 0, 3: 8}), (5, {7: 8, 3: 0}))
+    page = watch.render(watch.take(run))
+    assert "Gained: 1" in page and "Lost: 1" in page and "row 7" in page and "0 of 8" in page
+    assert "2 problems were seen again; 1 were gained and 1 lost" in page
+
+
+GROUPS = {
+    "rapo/groups/pass@1": (0.2, 0.5),
+    "rapo/groups/pass@2": 0.6,
+    "rapo/groups/pass@8": 0.7,
+    "rapo/groups/all_right": 0.1,
+}
+
+
+def test_training_groups_are_shown_at_one_and_at_all_attempts():
+    first, last = readings(history(**GROUPS))
+    assert (first.title, last.title) == ("Training groups: pass@1", "Training groups: pass@8")
+    assert "40% of the groups have no spread" in last.sentence and last.level == FINE
+    assert readings(history(**GROUPS | {"rapo/groups/all_right": 0.6}))[1].level == NOTE
+
+
+def test_run_that_ended_by_an_alarm_says_so(tmp_path):
+    run = write_run(tmp_path, history(**HEALTHY | {REWARD: (0.5, 0.05)}))
+    (run / "collapsed.txt").write_text("step 38: unlearned: gone\n")
+    assert watch.take(run).headline == "Ended because of an alarm, and saved: step 38: unlearned: gone"
+
+
+@pytest.mark.parametrize(
+    "changes, sounds",
+    [
+        ({}, False),
+        ({"rapo/groups/pass@1": (0.2, 0.7), "rapo/groups/pass@8": (0.6, 0.7)}, True),
+        ({"rapo/groups/pass@1": (0.2, 0.9), "rapo/groups/pass@8": (0.6, 0.99)}, False),  # nearly all is right
+        ({"rapo/groups/pass@1": (0.2, 0.1), "rapo/groups/pass@8": (0.6, 0.12)}, False),  # `unlearned` tells of it
+    ],
+)
+def test_sharpened_wants_a_pass_at_1_that_rises_and_attempts_that_help_no_more(changes, sounds):
+    assert [alarm.name for alarm in alarms(history(**GROUPS | changes))] == ["sharpened"] * sounds

@@ -430,6 +430,15 @@ def source(thing) -> str:
                 "self.on_train_end()",
             ],
         ),
+        # training/alarms.py: a step's metrics are whole after it, and it comes before the batch leaves the queue.
+        (
+            PPOTrainer.fit,
+            [
+                "self._compute_metrics(batch, metrics, self.timing_raw, global_steps=self.global_steps",
+                "tq.kv_clear(keys=batch.keys",
+            ],
+        ),
+        (PPOTrainer._compute_metrics, ["metrics.update(compute_data_metrics("]),
         (PPOTrainer._step_once, ["batch = self._update_actor(batch, metrics=metrics) return batch"]),
         (
             PPOTrainer._save_checkpoint,

@@ -30,7 +30,7 @@ from rapo_verl.cluster.ray_node import (
 )
 from rapo_verl.run import names as codes
 from rapo_verl.run.doctor import print_findings
-from rapo_verl.run.names import DUMP_FILE, SAVED, STALLED, STOP_FILE
+from rapo_verl.run.names import COLLAPSED, DUMP_FILE, SAVED, STALLED, STOP_FILE
 from rapo_verl.run.processes import adopt_orphans, descendants, dump_stacks, end_descendants, is_alive
 
 # Seconds from asking processes to end to killing them; below Slurm's own KillWait of 30.
@@ -172,9 +172,13 @@ class Node:
         joined = self._gather("joined")
         self._say(f"{sum(joined.values())} GPUs on {len(joined)} node(s) have joined")
         code = self._drive(self.command, watch=True)
-        if code not in (0, 2, *codes.REQUEUED):
+        if code not in (0, 2, COLLAPSED, *codes.REQUEUED):
             self._was_it_a_node()
-        said = {SAVED: "saved before the last step", STALLED: "no step for too long: stacks.* beside the log"}
+        said = {
+            SAVED: "saved before the last step",
+            STALLED: "no step for too long: stacks.* beside the log",
+            COLLAPSED: "an alarm held (survival.stop_on_collapse); saved, not to go on by itself",
+        }
         self._end(code, said.get(code, f"{self.command[0]} ended with {code}"), self.board.log_file("driver"))
 
     def _drive(self, command: list[str], *, watch: bool = False) -> int:
@@ -219,7 +223,7 @@ class Node:
 
     def clean_up(self) -> None:
         """End every process that this node started and remove Ray's folder."""
-        failed = self.board.verdict() not in (0, SAVED)
+        failed = self.board.verdict() not in (0, SAVED, COLLAPSED)
         end_descendants(GRACE)
         if self.folder is not None:
             keep = self.board.folder / f"ray-logs.{self.board.node}" if failed else None

@@ -1,6 +1,7 @@
 """Tokens, FLOPs, expected seconds and checkpoint bytes of a step; nobody has measured the seconds."""
 
 from dataclasses import dataclass
+from math import nan
 
 from rapo_verl.plan.card import Gpu
 from rapo_verl.plan.job import Job
@@ -32,6 +33,7 @@ class Cost:
     old_log_prob: float
     reference: float
     update: float
+    validation: float  # seconds of one; nan: its problems are not here to be counted
     checkpoint: float
     disk: float
 
@@ -73,16 +75,17 @@ def cost(shape: ModelShape, job: Job, gpu: Gpu, assumed: Assumed, *, kv_tokens: 
         tokens=tokens,
         forward_flops=forward,
         update_flops=update,
-        generation=_generation(shape, job, gpu, assumed, kv_tokens),
+        generation=_generation(shape, job, gpu, assumed, kv_tokens, responses),
         old_log_prob=forward / speed,
         reference=forward / speed if job.reference else 0.0,
         update=update / speed,
+        validation=nan if job.validation is None else _generation(shape, job, gpu, assumed, kv_tokens, job.validation),
         checkpoint=checkpoint,
         disk=checkpoint * (job.checkpoints + 1),  # the new one is written before the oldest goes
     )
 
 
-def _generation(shape: ModelShape, job: Job, gpu: Gpu, assumed: Assumed, kv_tokens: int) -> float:
+def _generation(shape: ModelShape, job: Job, gpu: Gpu, assumed: Assumed, kv_tokens: int, responses: int) -> float:
     """Return seconds of decoding by the memory's bandwidth: weights once and every cached token once per step.
 
     At least as long as one response of the limit takes at batch size 1, since some always run to it.
@@ -90,7 +93,7 @@ def _generation(shape: ModelShape, job: Job, gpu: Gpu, assumed: Assumed, kv_toke
     bandwidth = gpu.bandwidth * 1e12 * assumed.bandwidth_share
     replicas = max(job.gpus // job.rollout_tensor, 1)
     mean = min(assumed.response, job.response_tokens)
-    sequences = job.prompts * job.responses / replicas
+    sequences = responses / replicas
     held = assumed.prompt + mean / 2
     batch = max(min(job.max_num_seqs, sequences, kv_tokens / (assumed.prompt + mean)), 1)
     weights = 2 * shape.parameters / job.rollout_tensor

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from pyarrow import parquet
 
 from rapo_verl.plan.model import ModelShape
 
@@ -53,6 +54,8 @@ class Job:
     steps: int
     checkpoints: int  # kept
     hf_model: bool
+    validations: int  # in the whole run
+    validation: int | None  # responses of one; None: its problems are not here to be counted
 
     @property
     def data(self) -> int:
@@ -106,7 +109,23 @@ def job_of(config: DictConfig, *, gpus: int | None = None) -> Job:
         steps=trainer.total_training_steps or 0,
         checkpoints=trainer.max_actor_ckpt_to_keep or 0,
         hf_model="hf_model" in actor.checkpoint.save_contents,
+        validations=_validations(trainer),
+        validation=_validation(config),
     )
+
+
+def _validations(trainer: DictConfig) -> int:
+    steps, every = trainer.total_training_steps or 0, trainer.test_freq
+    # Also after the last step, wherever it falls.
+    return bool(trainer.val_before_train) + (-(-steps // every) if every > 0 else 0)
+
+
+def _validation(config: DictConfig) -> int | None:
+    files = config.data.val_files
+    paths = [Path(file) for file in ([files] if isinstance(files, str) else files or [])]
+    if not all(path.suffix == ".parquet" and path.is_file() for path in paths):
+        return None
+    return config.actor_rollout_ref.rollout.val_kwargs.n * sum(parquet.read_metadata(path).num_rows for path in paths)
 
 
 def _lora(model: DictConfig, megatron: bool) -> Lora | None:

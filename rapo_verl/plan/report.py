@@ -227,6 +227,11 @@ def print_plan(made: Plan, console: Console) -> None:
     for name in ("generation", "old_log_prob", "reference", "update", "step"):
         table.add_row(f"{name}, seconds", f"{getattr(price, name):.0f}".replace("nan", "not known for this card"))
     table.add_row(f"{job.steps} steps, hours", f"{job.steps * price.step / 3600:.1f}".replace("nan", "not known"))
+    if job.validations:
+        number = "of problems not here" if job.validation is None else f"of {job.validation:,} responses"
+        seconds, hours = f"{price.validation:.0f}", f"{job.validations * price.validation / 3600:.1f}"
+        label = f"a validation {number}, seconds; all {job.validations}, hours"
+        table.add_row(label, f"{seconds}; {hours}".replace("nan", "not known"))
     table.add_row("a checkpoint, disk for all kept", f"{price.checkpoint / GIB:.0f} GiB, {price.disk / GIB:.0f} GiB")
     console.print(table)
     console.print(

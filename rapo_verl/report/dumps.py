@@ -29,17 +29,6 @@ def newest_dump(config: DictConfig) -> list[dict[str, Any]]:
     return records
 
 
-def groups(dump: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return, as a fact of the page, how many problems have answers of one reward only; nothing for an empty dump."""
-    scores: dict[str, set[float]] = {}
-    for record in dump:
-        scores.setdefault(str(record.get("input")), set()).add(record["score"])
-    if not scores:
-        return []
-    flat = sum(len(found) == 1 for found in scores.values())
-    return [("Groups without spread", f"{flat} of {len(scores)}: their advantages are zero, they teach nothing")]
-
-
 def samples(dump: list[dict[str, Any]]) -> dict[str, list[dict[str, str]]]:
     """Return samples to show by the title of their list, one a problem; the texts are a model's, and stay text."""
 

@@ -212,7 +212,8 @@ def rates(result: EvalResult) -> dict[str, Any] | None:
         return None
     counts = result.responses.problems.drop(columns="guess").sum()
     return {
-        **(counts / (result.n * len(result.ids))).to_dict(),
+        **(counts.drop("repeated") / (result.n * len(result.ids))).to_dict(),
+        "repeated": int(counts.repeated),
         "tokens": {name: None if math.isnan(value) else value for name, value in result.responses.tokens.items()},
     }
 

@@ -17,11 +17,14 @@ from rich.text import Text
 from yaml import YAMLError
 
 from rapo_verl import Refused
-from rapo_verl.report.dumps import groups, newest_dump, samples
+from rapo_verl.report.dumps import newest_dump, samples
+from rapo_verl.report.problems import SHOWN, Seen, interval, seen_again, told
 from rapo_verl.run import folder
+from rapo_verl.run.alarms import Alarm, alarms
 from rapo_verl.run.lock import DEAD_SECONDS
 from rapo_verl.run.names import (
     BAD_BATCHES_DIR,
+    COLLAPSED_FILE,
     CONFIG_FILE,
     FAILURE_FILE,
     LOCK_FILE,
@@ -29,7 +32,7 @@ from rapo_verl.run.names import (
     METRICS_DIR,
     STOPPED_FILE,
 )
-from rapo_verl.run.signs import FINE, WARN, WINDOW, Alarm, History, Reading, alarms, readings, series
+from rapo_verl.run.signs import FINE, WARN, WINDOW, History, Reading, readings, series
 
 # A run is silent after so many of its own steps, and so many seconds, without a record.
 SILENT_STEPS, SILENT_SECONDS = 10, 600
@@ -56,6 +59,7 @@ class Snapshot(NamedTuple):
     readings: list[Reading]
     stages: list[tuple[str, float, float]]
     facts: list[tuple[str, str]]
+    seen: Seen | None
     samples: dict[str, list[dict[str, str]]]
 
 
@@ -87,7 +91,8 @@ def take(run: Path) -> Snapshot:
         alarms=sounding,
         readings=readings(history),
         stages=_stages(history),
-        facts=[*_facts(history, median), *groups(dump)],
+        facts=_facts(history, median),
+        seen=seen_again(run),
         samples=samples(dump),
     )
 
@@ -108,6 +113,8 @@ def _stands(run: Path, step: int, total: int | None, median: float | None, sound
         return f"It stopped on NaN or infinity: rapo inspect-batch {run / BAD_BATCHES_DIR}/step_N.pt.", WARN
     ended = bool(total and step >= total)
     if sounding:
+        if (run / COLLAPSED_FILE).is_file():
+            return f"Ended because of an alarm, and saved: {(run / COLLAPSED_FILE).read_text().strip()}", WARN
         since, names = min(alarm.since for alarm in sounding), ", ".join(alarm.name for alarm in sounding)
         return f"{'Collapsed' if ended else 'Collapsing'} since step {since}: {names}.", WARN
     if ended:
@@ -192,7 +199,10 @@ def render(shot: Snapshot, *, refresh: int | None = None) -> str:
     """Return the page; refresh: seconds after which a browser asks again."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((Path(__file__).parent / "watch.html.j2").read_text(encoding="utf-8"))
-    return template.render(s=shot, curve=curve, refresh=refresh, written=time.strftime("%F %T"))
+    written = time.strftime("%F %T")
+    return template.render(
+        s=shot, curve=curve, told=told, interval=interval, shown=SHOWN, refresh=refresh, written=written
+    )
 
 
 def show(shot: Snapshot, console: Console) -> None:
@@ -208,6 +218,8 @@ def show(shot: Snapshot, console: Console) -> None:
         table.add_row(Text(reading.title), Text(reading.sentence, style=style))
     for label, text in shot.facts:
         table.add_row(Text(label, style="dim"), Text(text, style="dim"))
+    if shot.seen:
+        table.add_row(Text("Problems seen again", style="dim"), Text(told(shot.seen), style="dim"))
     if shot.stages:
         stages = ", ".join(f"{name} {seconds:.1f} s ({share:.0%})" for name, seconds, share in shot.stages)
         table.add_row(Text("Where a step's time goes", style="dim"), Text(stages, style="dim"))

@@ -16,6 +16,10 @@ CHECKPOINTS_DIR = "checkpoints"
 BAD_BATCHES_DIR = "bad_batches"
 # Made by the trainer when it has saved before its last step.
 STOPPED_FILE = "stopped.txt"
+# Likewise, because of `survival.stop_on_collapse`: the run goes on only without it.
+COLLAPSED_FILE = "collapsed.txt"
+# Each line: a step's problems, by their row in the training file, and how many of the n answers to each were right.
+GROUPS_FILE = "groups.jsonl"
 # Make it, and the run saves after its step and ends with SAVED; slurm/launch.sh names one of its own.
 STOP_FILE = "stop"
 # Made in a job's shared folder by a run that makes no step: every node's agent writes the stacks of its processes.
@@ -47,8 +51,9 @@ PROCESS_VARIABLES = (
 )
 
 # Exit codes. REFUSED: input, config or environment that it would fail on, nothing was started. SAVED: start it again
-# (sysexits.h: EX_TEMPFAIL). STALLED: no step for `survival.stall_minutes`.
-DONE, FAILED, REFUSED, SAVED, STALLED, INTERRUPTED = 0, 1, 2, 75, 99, 130
+# (sysexits.h: EX_TEMPFAIL). STALLED: no step for `survival.stall_minutes`. COLLAPSED: an alarm held, with
+# `survival.stop_on_collapse`; do not start it again as it is.
+DONE, FAILED, REFUSED, SAVED, STALLED, COLLAPSED, INTERRUPTED = 0, 1, 2, 75, 99, 100, 130
 # Of a job on a cluster, beside those. 98, a node that does not see the folder, is slurm/launch.sh's own.
 HEAD_FAILED, MISSING, HEAD_GONE, WORKER_FAILED, RAYLET_DIED = 90, 91, 92, 93, 94
 NO_VERDICT, PREFLIGHT, NODE_LOST = 95, 96, 97

@@ -1,4 +1,4 @@
-"""What a run's metrics mean now: a sentence for each of them, and the rules of the collapse alarm. Pure functions."""
+"""What a run's metrics mean now: a sentence for each of them. Pure functions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,10 +7,9 @@ import numpy as np
 
 # Records of a mean: short enough to speak of now, long enough for a batch's noise.
 WINDOW = 5
-# Records in a row for which a rule must hold before it speaks.
-PERSIST = 3
-# Of pass@k under its first validation: more than the noise of a hundred problems.
+# Of pass@k under its first validation: more than the noise of a hundred problems; of fewer, more.
 LOST = 0.05
+GROUPS, UNBIASED, PROBLEMS = "rapo/groups/pass@", "val/pass@k/", "val/problems/"
 FINE, NOTE, WARN = "fine", "note", "warn"
 History = Sequence[Mapping[str, Any]]
 
@@ -23,14 +22,6 @@ class Reading(NamedTuple):
     steps: np.ndarray
     values: np.ndarray
     level: str
-    sentence: str
-
-
-class Alarm(NamedTuple):
-    """A rule that holds now: its name, the step from which on it has held, and why that is a collapse."""
-
-    name: str
-    since: int
     sentence: str
 
 
@@ -162,76 +153,52 @@ def readings(history: History) -> list[Reading]:
         steps, values = series(history, key)
         if len(values):
             found.append(Reading(title, unit, steps, values, *rule(trend(values))))
-    return found + [_validation(history, key) for key in _validated(history)]
+    return found + _groups(history) + [_validation(history, key) for key in validated(history)]
 
 
-def _validated(history: History) -> list[str]:
-    keys = {key for record in history for key in record if key.startswith(("val/pass@k/", "val-core/"))}
-    unbiased = [key for key in keys if key.startswith("val/pass@k/")]
+def group_size(history: History) -> int:
+    """Return the largest k of the training groups' pass@k in the last record; 0 without."""
+    keys = [key for key in (history[-1] if history else ()) if key.startswith(GROUPS)]
+    return max((int(key.removeprefix(GROUPS)) for key in keys), default=0)
+
+
+def _groups(history: History) -> list[Reading]:
+    """Return pass@1 and pass@n of the training groups, in which every step has other problems."""
+    n = group_size(history)
+    if not n:
+        return []
+    curves = {k: series(history, f"{GROUPS}{k}") for k in sorted({1, n})}
+    trends = {k: trend(values) for k, (_, values) in curves.items()}
+    flat = 1 - trends[n].now + trend(series(history, "rapo/groups/all_right")[1]).now
+    found = []
+    for k, (steps, values) in curves.items():
+        told = f"{trends[k].now:.3f} now, {trends[k].start:.3f} at the start, lately {trends[k].way}"
+        level, more = FINE, f"; {flat:.0%} of the groups have no spread and teach nothing." if k == n else "."
+        if flat > 0.8 and k == n:
+            level = NOTE
+        found.append(Reading(f"Training groups: pass@{k}", "", steps, values, level, told + more))
+    return found
+
+
+def validated(history: History) -> list[str]:
+    """Return the metrics of validation that are shown: unbiased pass@k, or else veRL's."""
+    keys = {key for record in history for key in record if key.startswith((UNBIASED, "val-core/"))}
+    unbiased = [key for key in keys if key.startswith(UNBIASED)]
     return sorted(unbiased or keys, key=lambda key: (key.rpartition("/")[0], len(key), key))
+
+
+def noise(history: History, source: str) -> float:
+    """Return how far under its first value pass@k of a validation must be to have lost: `LOST`, of 25 problems 0.1."""
+    problems = series(history, f"{PROBLEMS}{source}")[1]
+    return LOST * max(1.0, (100 / problems[-1]) ** 0.5) if len(problems) else LOST
 
 
 def _validation(history: History, key: str) -> Reading:
     steps, values = series(history, key)
     _, source, k = key.rsplit("/", 2)
-    title = f"Validation, {source}: pass@{k}" if key.startswith("val/pass@k/") else f"Validation, {source}: {k}"
+    title = f"Validation, {source}: pass@{k}" if key.startswith(UNBIASED) else f"Validation, {source}: {k}"
     if not len(values):
         return Reading(title, "", steps, values, NOTE, "Never a finite value.")
     told = f"{values[-1]:.3f} at step {steps[-1]:.0f}, {values[0]:.3f} at the first, best {values.max():.3f}"
-    lost = values[-1] < values[0] - LOST
+    lost = values[-1] < values[0] - noise(history, source)
     return Reading(title, "", steps, values, *((WARN, f"{told}: lost since.") if lost else (FINE, f"{told}.")))
-
-
-def alarms(history: History) -> list[Alarm]:
-    """Return the rules of collapse that hold now and have held for `PERSIST` records or more."""
-    reward, entropy, cut, mass = (
-        _aligned(history, key)
-        for key in ("critic/rewards/mean", "actor/entropy", "response_length/clip_ratio", "rapo/reference_mass_sampled")
-    )
-    best = np.fmax.accumulate(reward) if len(reward) else reward
-    low = (best >= 0.05) & (reward < 0.5 * best)
-    rules = (
-        ("unlearned", low, "The reward has fallen under half of its best, and stays there."),
-        ("noise", (entropy > 2 * _start(entropy)) & (reward < 0.8 * best), MELTED),
-        ("runaway", (cut > 0.5) & (cut > 2 * _start(cut)) & (reward < 0.8 * best), RUNAWAY),
-        ("narrowed", (entropy < 0.2 * _start(entropy)) & (mass < 0.7), NARROWED),
-    )
-    found = []
-    for name, holds, sentence in rules:
-        since = len(holds) - (int(np.argmin(holds[::-1])) if not holds.all() else len(holds))
-        if len(holds) - since >= PERSIST:
-            found.append(Alarm(name, int(history[since]["step"]), sentence))
-    return found + _breadth(history)
-
-
-MELTED = "Entropy is over twice its start while the reward falls: the policy turns into noise; a smaller entropy_coeff."
-RUNAWAY = "More than half of the responses are cut off, twice as many as at the start, and the reward falls."
-NARROWED = "Entropy is under a fifth of its start and 30 % of the reference's mass is never sampled: modes are lost."
-
-
-def _aligned(history: History, key: str) -> np.ndarray:
-    """Return `smooth` of one metric at every record, (records,); NaN, of which no rule holds, where it is missing."""
-    steps, values = series(history, key)
-    place = dict(zip(steps, smooth(values)))
-    return np.array([place.get(record["step"], np.nan) for record in history], dtype=np.float64)
-
-
-def _start(values: np.ndarray) -> float:
-    known = values[np.isfinite(values)]
-    return float(known[min(WINDOW, len(known)) - 1]) if len(known) else np.nan
-
-
-def _breadth(history: History) -> list[Alarm]:
-    """Return the alarm of validation that has lost at the most attempts, twice in a row."""
-    most: dict[str, tuple[int, str]] = {}
-    for key in _validated(history):
-        source, _, k = key.rpartition("/")
-        if key.startswith("val/pass@k/") and k.isdigit():
-            most[source] = max(most.get(source, (0, "")), (int(k), key))
-    found = []
-    for source, (attempts, key) in most.items():
-        steps, values = series(history, key)
-        if len(values) > 2 and (values[-2:] < values[0] - LOST).all():
-            told = f"{source.rpartition('/')[2]}: pass@{attempts} fell from {values[0]:.3f} to {values[-1]:.3f}."
-            found.append(Alarm("breadth", int(steps[-2]), told))
-    return found

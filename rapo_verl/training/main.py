@@ -8,7 +8,7 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
-from rapo_verl.run.names import CONFIG_FILE, PROCESS_VARIABLES, SAVED, STOPPED_FILE
+from rapo_verl.run.names import COLLAPSED, COLLAPSED_FILE, CONFIG_FILE, PROCESS_VARIABLES, SAVED, STOPPED_FILE
 from rapo_verl.run.processes import end_with_parent
 from rapo_verl.training.plugin import register_trainers
 
@@ -36,8 +36,9 @@ def main(run_dir: Path) -> None:
         run_ppo(config, task_runner_class=ray.remote(num_cpus=1)(RapoTaskRunner))
     finally:
         ray.shutdown()
-    if (run_dir / STOPPED_FILE).exists():
-        sys.exit(SAVED)
+    for file, code in ((COLLAPSED_FILE, COLLAPSED), (STOPPED_FILE, SAVED)):
+        if (run_dir / file).exists():
+            sys.exit(code)
 
 
 if __name__ == "__main__":

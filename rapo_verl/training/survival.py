@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
-from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from rapo_verl import Refused
 from rapo_verl.run.checkpoints import finish, identity, need_room, retain
 from rapo_verl.run.files import write_atomic
 from rapo_verl.run.inputs import too_few_epochs
-from rapo_verl.run.names import RESUME_VARIABLE, STOPPED_FILE
+from rapo_verl.run.names import COLLAPSED_FILE, RESUME_VARIABLE, STOPPED_FILE
 from rapo_verl.run.stopping import Stopping
+from rapo_verl.training.alarms import AlarmMixin
 from rapo_verl.training.guards import GuardMixin
 from rapo_verl.training.liveness import actors_watched
 
 logger = logging.getLogger(__name__)
 
 
-class SurvivalMixin(GuardMixin, PPOTrainer):
+class SurvivalMixin(GuardMixin, AlarmMixin):
     """Stands before any of veRL's v1 trainers in the order of classes."""
 
     total_training_steps: int
@@ -94,12 +94,13 @@ class SurvivalMixin(GuardMixin, PPOTrainer):
     def on_step_end(self) -> None:
         """Save and make this step the last one if the run is to stop."""
         self._stopping.note(step=time.monotonic() - self._step_started)
-        reason = self._stopping.reason()
+        reason = self._collapse or self._stopping.reason()
         if reason and self.global_steps < self.total_training_steps:
             # Before veRL wakes its inference engines: they take the memory that saving needs.
             if self._saved_step != self.global_steps:
                 self._save_checkpoint()
             self.total_training_steps = self.global_steps  # read by veRL's loop only (trainer_base.py:450)
-            write_atomic(Path(self.config.run_dir) / STOPPED_FILE, f"step {self.global_steps}: {reason}\n")
+            file = COLLAPSED_FILE if self._collapse else STOPPED_FILE
+            write_atomic(Path(self.config.run_dir) / file, f"step {self.global_steps}: {reason}\n")
             logger.warning("saved step %d and stopping: %s", self.global_steps, reason)
         super().on_step_end()

@@ -30,6 +30,8 @@ def validation_pass_at_k(
 ) -> dict[str, float]:
     """Return ``val/pass@k/<data source>/<k>``, unbiased, for k = 1, 2, 4, ... up to n // 2, and for n.
 
+    Beside it ``val/problems/<data source>``, which tells how far noise alone moves it.
+
     Args:
         data_sources: of each response.
         uids: of the prompt that each response answers.
@@ -40,7 +42,8 @@ def validation_pass_at_k(
     for source, uid, right in zip(data_sources, uids, correct):
         solved[str(source)][str(uid)] += int((right or 0.0) >= 1.0)
     ks = [2**i for i in range(n.bit_length()) if 2**i <= n // 2] + [n]
-    return {
+    problems = {f"val/problems/{source}": float(len(counts)) for source, counts in solved.items()}
+    return problems | {
         f"val/pass@k/{source}/{k}": float(pass_at_k(np.array(list(counts.values())), n, k).mean())
         for source, counts in solved.items()
         for k in ks

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rapo_verl.run import checkpoints
 from rapo_verl.run.files import write_atomic
-from rapo_verl.run.names import DUMP_FILE, SAVED, STALLED, STATE_VARIABLE
+from rapo_verl.run.names import COLLAPSED, DUMP_FILE, SAVED, STALLED, STATE_VARIABLE
 from rapo_verl.run.stopping import Stopping
 
 WANTED = {"model": "stub", "data": "stub", "world": "stub"}
@@ -58,6 +58,9 @@ def main():
             (Path(os.environ[STATE_VARIABLE]) / DUMP_FILE).touch()
             time.sleep(8)
             return STALLED
+        if fault == "collapse" and len(done) == 2:
+            save(root, done)
+            return COLLAPSED
         reason = stopping.reason()
         if reason or len(done) % save_freq == 0 or len(done) == total:
             save(root, done)

@@ -196,6 +196,12 @@ def test_process_that_left_its_parent_is_ended(cluster):
     cluster.submit("orphan", options=TWO, FAULT="orphan").ended("COMPLETED", 0)
 
 
+def test_collapsed_run_is_not_requeued(cluster):
+    job = cluster.submit("collapse", options=TWO, FAULT="collapse")
+    output = job.ended("FAILED", 100)
+    assert "an alarm held" in output and "requeueing" not in output and "first error" not in output
+
+
 def test_stalled_run_leaves_stacks_of_every_node(cluster):
     job = cluster.submit("stall", options=TWO, FAULT="stall")
     assert "no step for too long" in job.ended("FAILED", 99)
