@@ -122,9 +122,9 @@ def tries_table(out: Path) -> str:
 
 
 def means_table(found: dict[str, np.ndarray], out: Path) -> str:
-    """Return each method's means over the pairs and its paired differences from GRPO with veRL's usual leash."""
+    """Return each method's means over the pairs, by p@1024, and its differences from GRPO with veRL's usual leash."""
     rows = []
-    for method, of in found.items():
+    for method, of in sorted(found.items(), key=lambda item: -item[1][:, 3].mean()):
         settings = None if method == "base" else chosen(out, method)
         against = (
             ["", ""] if method == GRPO or GRPO not in found else [interval((of - found[GRPO])[:, i]) for i in (0, 3)]
@@ -132,6 +132,23 @@ def means_table(found: dict[str, np.ndarray], out: Path) -> str:
         name = f"`{settings.name()}`" if settings else ""
         rows.append([method, name, *(f"{v:.3f}" for v in of.mean(0)), *against])
     return markdown(["method", "setting", *MEASURES, "p@1 − GRPO 1e-2", "p@1024 − GRPO 1e-2"], rows)
+
+
+def best_grpo(found: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the best GRPO's values [pairs, measures], each measure's best for itself; nan where none has run."""
+    return np.fmax.reduce([of for method, of in found.items() if method.startswith("GRPO")])
+
+
+def summary_table(found: dict[str, np.ndarray], best: np.ndarray) -> str:
+    """Return each method's means, and on how many pairs its p@1024 is above the base's and above every GRPO's."""
+    rows = []
+    for method, of in sorted(found.items(), key=lambda item: -item[1][:, 3].mean()):
+        above = [
+            f"{(of[:, 3] > bound).sum()} of {len(of)}" if method not in skipped else ""
+            for bound, skipped in ((found["base"][:, 3], {"base"}), (best[:, 3], {m for m in found if "GRPO" in m}))
+        ]
+        rows.append([method, *(f"{of[:, i].mean():.3f}" for i in (0, 3, 4)), *above])
+    return markdown(["method", "p@1", "p@1024", "Hard@1024", "p@1024 above the base's", "above every GRPO's"], rows)
 
 
 def contrasts_table(found: dict[str, np.ndarray]) -> str:
@@ -152,9 +169,7 @@ def target_table(found: dict[str, np.ndarray]) -> str:
     """
     if GRPO not in found:
         return ""
-    grpo = np.stack([of for method, of in found.items() if method.startswith("GRPO")])
-    best = np.nanmax(grpo, axis=0)
-    rows = []
+    best, rows = best_grpo(found), []
     for method, of in found.items():
         if "answers" not in method:
             continue
@@ -222,6 +237,7 @@ def report(out: Path) -> None:
     )
     common, every, partial = results(out, pairs[:COMMON]), results(out, pairs), results(out, pairs, whole=False)
     parts = {
+        "Summary": summary_table(common, best_grpo(partial)[:COMMON]),
         f"Means over {len(pairs[:COMMON])} pairs": means_table(common, out),
         f"Means over {len(pairs)} pairs": means_table(every, out),
         f"Paired differences over {len(pairs[:COMMON])} pairs": contrasts_table(common),

@@ -51,8 +51,6 @@ class Settings:
     answers: float = 0.0
     omega_wrong: float = 0.0
     weights: str = "prompt"
-    # At most so many of a prompt's distinct answers in a step, drawn as the library draws them; 0: all.
-    k: int = 0
     # DPH-RL: prompts that the base solves at this rate or above get the answers' term instead of the surrogate, the
     # others the surrogate alone. Above 1: all prompts get both.
     rehearse_from: float = 2.0

@@ -17,7 +17,7 @@ from ladder_losses import Batch, Settings, advantages_of, answers_loss, mixture_
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from rapo_verl.method.config import ReferenceConfig
-from rapo_verl.method.reference_answers import answer_shares, drawn_shares, token_weights
+from rapo_verl.method.reference_answers import answer_shares, token_weights
 from rapo_verl.method.reweighting import reward_to_phi
 from rapo_verl.reward import verify_integer
 from rapo_verl.toy.base_model import encode_prompts, encode_solutions
@@ -233,8 +233,6 @@ def _target(
     for prompt in range(PROMPTS):
         of = distinct.prompt == prompt
         shares = answer_shares(counts[of], right[of], weight_of_wrong=settings.omega_wrong)
-        if settings.k:
-            shares = drawn_shares(shares, settings.k, torch.rand(()).item())
         number = (counts[of] * right[of]).sum() if settings.weights == "sample" else 1
         distinct.weight[of] = number * token_weights(shares, lengths[of], loss_agg_mode="token-mean")
     return distinct.rows(distinct.weight > 0)

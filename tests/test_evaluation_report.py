@@ -169,7 +169,6 @@ def test_unjudged_folder_and_no_folder_are_refused_with_the_command(tmp_path):
     (tmp_path / "a report").mkdir()
     done = rapo("score", tmp_path / "a report", tmp_path / "new")
     assert done.exit_code == 0 and "a report: no evaluation, left out" in done.output and "judged" in done.output
-    assert rapo("watch", tmp_path / "new", "--every", 0).output.endswith(": complete\n")
 
 
 def test_one_folder_given_twice_and_folders_of_one_name(folders, report, tmp_path):

@@ -241,8 +241,6 @@ def test_unknown_base_other_model_and_nothing_are_refused(study):
     base = study.results[0]
     with pytest.raises(ValueError, match="must be among the results"):
         Study((base,), result("Other", P_BASE, 9))
-    with pytest.raises(ValueError, match="not one model"):
-        Study((base,), result("Base", P_RAPO, 9))
     with pytest.raises(ValueError, match="got none"):
         Study((), study.hard_choice)
 

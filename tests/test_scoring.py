@@ -106,19 +106,6 @@ def test_missing_and_damaged_samples_are_refused_with_the_command(store):
         read_responses(store)
 
 
-def test_texts_repeated_across_shards_are_counted(tmp_path):
-    class Parrot(StubEngine):
-        async def sample(self, request):
-            found = samples(request)
-            length = 64 if request.prompt[0] == 1 else 63
-            return found._replace(tokens=[length] * request.samples, text=["the same"] * request.samples)
-
-    drawn = draw(tmp_path)
-    run(drawn, Parrot())
-    score(drawn.store, INTEGER, jobs=1)
-    assert read_responses(drawn.store).problems["repeated"].tolist() == [0, N, *[0] * (PROBLEMS - 2)]
-
-
 def exact_majority(classes, k):
     total = 0.0
     for subset in itertools.combinations(classes, k):

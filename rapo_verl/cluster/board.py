@@ -20,13 +20,7 @@ BEAT_SECONDS, NODES_A_SECOND = 1.0, 16
 
 
 class Board:
-    """The shared folder of one attempt of a job, seen from one node.
-
-    Args:
-        folder: RAPO_STATE, made by slurm/launch.sh.
-        node: number of this node in the job, 0 for the first.
-        hosts: names of all nodes, in that order.
-    """
+    """The shared folder of one attempt of a job (RAPO_STATE, made by slurm/launch.sh), seen from one of its nodes."""
 
     def __init__(self, folder: Path, node: int, hosts: list[str]):
         self.folder, self.node, self.hosts = folder, node, hosts

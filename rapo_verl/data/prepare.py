@@ -87,10 +87,10 @@ def prepare(
         out: folder.
         name: data_source and file name; default: the source's. One that begins as in `EVALUATION_SETS` makes it an
             evaluation set, "aime" an AIME set.
-        against: files whose questions must not be in this one.
-        drop_overlap: leave out what overlaps instead of refusing the file.
-        model: whose tokenizer counts the prompt's tokens; None: not counted, and the card says so.
-        max_prompt_tokens: limit of the rendered prompt.
+        against: files whose questions must not be in this one, and which ``drop_overlap`` leaves out.
+        drop_overlap: instead of refusing the file.
+        model: whose tokenizer counts the rendered prompt's tokens; None: not counted, and the card says so.
+        max_prompt_tokens: their limit.
         prompt: a style of PROMPTS.
         verifier: default: one of the default settings, closed at the end.
     """

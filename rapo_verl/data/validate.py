@@ -94,15 +94,8 @@ def check_problems(
     Of an evaluation set nothing may be suspect and nothing dropped but copies, since scores on a part are not
     comparable; of a training set up to `_MAX_SUSPECT` of the rows may be suspect; they are named and kept.
 
-    Args:
-        problems: of one file, in order.
-        aime: answers must be integers in 0..999; they are made canonical ("025" and "336^\circ" circulate).
-        evaluation: this is an evaluation set.
-        against: what must not overlap with this one.
-        drop_overlap: leave out what overlaps instead of refusing the file.
-        count_tokens: numbers of tokens of problems' rendered prompts, or None: not checked.
-        max_prompt_tokens: the limit.
-        verifier: asked whether an answer is one.
+    With ``aime``, answers must be integers in 0..999, and are made canonical ("025" and "336^\circ" circulate).
+    ``count_tokens`` counts those of rendered prompts; None: not checked.
     """
     refused: list[Finding] = []
     dropped: list[Finding] = []

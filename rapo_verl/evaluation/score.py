@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
@@ -28,8 +27,6 @@ SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
     ]
 )
-# Responses of at least so many tokens do not repeat by chance.
-REPEAT_TOKENS = 64
 
 
 @cache
@@ -58,12 +55,8 @@ def score(
 ) -> int:
     """Judge every problem whose verdicts are missing or rest on something else, and return how many were.
 
-    Args:
-        store: samples of every problem must be there.
-        settings: of the verifier; timeouts are tried once more alone.
-        jobs: processes; default one a core. 1 stays in this process.
-        started: called with the number of problems to judge.
-        done: called after each.
+    ``jobs`` processes, by default one a core; 1 stays in this process. ``started`` is called with the number of
+    problems to judge, ``done`` after each.
     """
     todo = _outdated(store, settings)
     started(len(todo))
@@ -125,7 +118,7 @@ def _score_in_pool(folder: Path, settings: VerifierSettings, problem: int, basis
 
 def _score_problem(store: Store, verifier: Verifier, problem: int, basis: dict[str, Any]) -> None:
     gold = store.problems[problem]["gold"]
-    parts, texts = [], []
+    parts = []
     for path in store.shards_of(problem):
         try:
             table = store.read(path, ["sample", "text", "tokens", "finish_reason"])
@@ -135,12 +128,4 @@ def _score_problem(store: Store, verifier: Verifier, problem: int, basis: dict[s
         verdicts, answers = zip(*verifier.verify_many(responses, [gold] * len(responses)))
         columns = [table["sample"], [v.value for v in verdicts], answers, table["tokens"], table["finish_reason"]]
         parts.append(pa.table(columns, schema=SCHEMA))
-        texts.append([hash(text) for text, n in zip(responses, table["tokens"].to_pylist()) if n >= REPEAT_TOKENS])
-    stated = {"basis": basis, "repeated": _repeated(texts)}
-    write_table(score_path(store, problem), pa.concat_tables(parts), stated)
-
-
-def _repeated(shards: list[list[int]]) -> int:
-    """Return how many long samples stand in more than one shard: seeds used twice, or a model that says one thing."""
-    seen = Counter(text for shard in shards for text in set(shard))
-    return sum(seen[text] > 1 for shard in shards for text in shard)
+    write_table(score_path(store, problem), pa.concat_tables(parts), {"basis": basis})

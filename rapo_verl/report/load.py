@@ -51,12 +51,12 @@ def load_study(
     settings: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Study:
-    """Return the study of judged folders, with the samples behind each count and how each folder was made.
+    """Return the study of judged folders, one a model, with the samples behind each count and how each was made.
 
     Args:
-        folders: judged, one a model.
+        folders: judged; a model is called as its folder, or by its path where two are called alike.
         hard_from: another draw of one of the models; the same weights, told by their sha256.
-        names: of the models in the report; default: the folder's name, or its path where two are called alike.
+        names: of the models, if they shall be called otherwise.
         roles: of the models; default: told from the name.
         settings: what the page says first of how the study was made.
         options: further fields of `Study`.

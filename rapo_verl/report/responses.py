@@ -34,8 +34,8 @@ class Responses:
     """What the responses of one draw of n samples look like.
 
     Attributes:
-        problems: a row a problem: samples of each verdict, "truncated" at max_tokens, long ones "repeated" in another
-            shard; and "guess", the share of the model's answers to *other* problems that would be right here.
+        problems: a row a problem: samples of each verdict and "truncated" at max_tokens; and "guess", the share of the
+            model's answers to *other* problems that would be right here.
         majority: probability that the most frequent answer of k samples is right, (P, K) for `default_ks` of n.
         tokens: lengths over all samples: mean, median, 95 (the percentile), and means of right and wrong (nan: none).
     """
@@ -68,7 +68,7 @@ def read_responses(store: Store) -> Responses:
     # Of each problem, how often the right answer of each problem was given.
     given = np.zeros((count, count), dtype=np.int32)
     rows, majority, tokens, rights = [], [], [], []
-    for i, (table, repeated) in enumerate(_tables(store)):
+    for i, table in enumerate(_tables(store)):
         right = (table.verdict == Verdict.correct).to_numpy()
         votes = table.answer.map({answer: answer_key(answer) for answer in table.answer.dropna().unique()})
         for answer, times in votes.value_counts().items():
@@ -78,7 +78,7 @@ def read_responses(store: Store) -> Responses:
         classes = np.where(right, 0, np.where(numbers < 0, -1, numbers + 1))
         majority.append(majority_at(classes, default_ks(n), seed=i))
         verdicts = {verdict.value: int((table.verdict == verdict).sum()) for verdict in Verdict}
-        rows.append({**verdicts, "truncated": int((table.finish_reason == "length").sum()), "repeated": repeated})
+        rows.append({**verdicts, "truncated": int((table.finish_reason == "length").sum())})
         tokens.append(table.tokens.to_numpy())
         rights.append(right)
     problems = pd.DataFrame(rows)
@@ -86,8 +86,8 @@ def read_responses(store: Store) -> Responses:
     return Responses(problems, np.stack(majority), _lengths(np.concatenate(tokens), np.concatenate(rights)))
 
 
-def _tables(store: Store) -> Iterator[tuple[pd.DataFrame, int]]:
-    """Yield each problem's verdicts, and how many of its long samples stand in two shards."""
+def _tables(store: Store) -> Iterator[pd.DataFrame]:
+    """Yield each problem's verdicts."""
     judge = None
     for problem in range(len(store.problems)):
         path = score_path(store, problem)
@@ -101,7 +101,7 @@ def _tables(store: Store) -> Iterator[tuple[pd.DataFrame, int]]:
         judge = judge or basis
         if judge != basis:
             raise Refused(f"{store.folder}: problems were judged by different verifiers; run `rapo eval score` again")
-        yield table.to_pandas(), stated["repeated"]
+        yield table.to_pandas()
 
 
 def majority_at(
@@ -116,7 +116,7 @@ def majority_at(
         classes: of each sample, (n,): -1 no answer, 0 right, above 0 a wrong one.
         ks: sizes, each in 1..n.
         seed: of the subsets.
-        draws: subsets.
+        draws: how many of them.
     """
     rng = np.random.default_rng(seed)
     found = np.zeros(len(ks))

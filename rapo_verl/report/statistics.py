@@ -212,8 +212,7 @@ def rates(result: EvalResult) -> dict[str, Any] | None:
         return None
     counts = result.responses.problems.drop(columns="guess").sum()
     return {
-        **(counts.drop("repeated") / (result.n * len(result.ids))).to_dict(),
-        "repeated": int(counts.repeated),
+        **(counts / (result.n * len(result.ids))).to_dict(),
         "tokens": {name: None if math.isnan(value) else value for name, value in result.responses.tokens.items()},
     }
 

@@ -53,11 +53,7 @@ def parse_integer(text: str) -> int | None:
 
 
 def integer_verdict(ground_truth: str, box: str | None) -> Verdict:
-    """Return the verdict (correct, wrong or no_box) where nothing but an integer is ever right.
-
-    Raises:
-        ValueError: ``ground_truth`` is not an integer.
-    """
+    """Return the verdict (correct, wrong or no_box) where nothing but an integer is ever right."""
     gold = parse_integer(ground_truth)
     if gold is None:
         raise ValueError(f"ground truth {ground_truth[:80]!r} is not an integer")

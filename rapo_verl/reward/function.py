@@ -51,7 +51,7 @@ async def compute_score(
         data_source: unused; no name of a data set changes how its answers are checked.
         solution_str: the response, special tokens removed.
         ground_truth: the right answer.
-        extra_info: of the row; our rollout adds whether the response was cut off at its limit.
+        extra_info: of the row, and from our rollout whether the response was cut off at its limit.
         verifier: settings of `VerifierSettings` that differ from their defaults.
 
     Returns:
@@ -87,12 +87,7 @@ class VerifierFailingError(RuntimeError):
 def verdict_metrics(records: Iterable[Mapping[str, Any]], *, max_failed_share: float) -> dict[str, float]:
     """Return the counts of a batch's verdicts as metrics ``rapo/verifier/*``; empty if another function rewarded it.
 
-    Args:
-        records: `compute_score`'s return of each response.
-        max_failed_share: share of timeouts and errors, in [0, 1], above which the run is stopped.
-
-    Raises:
-        VerifierFailingError: more than that share, and `_MIN_FAILED` or more responses.
+    VerifierFailingError: `_MIN_FAILED` or more of them, and above that share, are timeouts and errors.
     """
     records = [record for record in records if "verdict" in record]
     if not records:

@@ -34,8 +34,7 @@ class Verifier:
     def verify(self, response: str, ground_truth: str) -> tuple[Verdict, str | None]:
         """Return the verdict on a response and the text of its last box (None: it has none).
 
-        Raises:
-            ValueError: ``ground_truth`` is empty, or no integer where only integers are to be right.
+        ValueError: ``ground_truth`` is empty, or no integer where only integers are to be right.
         """
         box = last_boxed(response)
         return Verdict(self._check(ground_truth, box).result()), box
@@ -51,14 +50,8 @@ class Verifier:
     ) -> list[tuple[Verdict, str | None]]:
         """Return the verdict and the box of each response.
 
-        Args:
-            responses: the model's texts.
-            ground_truths: the right answer of each.
-            retry: compare what ran into its deadline once more, alone, before that is final. For evaluation, where
-                a verdict must not depend on what else the machine had to do.
-
-        Raises:
-            ValueError: as `verify`, or the lengths differ.
+        With ``retry``, what ran into its deadline is compared once more, alone, before that is final: in an evaluation,
+        a verdict must not depend on what else the machine had to do.
         """
         if len(responses) != len(ground_truths):
             raise ValueError(f"{len(responses)} responses but {len(ground_truths)} right answers")
@@ -74,9 +67,7 @@ class Verifier:
     def kinds_of(self, ground_truths: Sequence[str]) -> list[str]:
         """Return what each right answer is read as.
 
-        Returns:
-            "integer", "expression", "string" (right only in the same words), "nothing" or "unreadable" (reading it ran
-            into the limits).
+        "integer", "expression", "string" (right only in the same words), "nothing", "unreadable" (beyond the limits).
         """
         kinds = {gold: "integer" if len(gold) <= MAX_BOX else "unreadable" for gold in ground_truths}
         asked = {

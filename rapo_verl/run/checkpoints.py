@@ -72,13 +72,7 @@ def _named(path: Path) -> str:
 
 
 def finish(folder: Path, step: int, facts: dict[str, Any]) -> None:
-    """Flush every file of a checkpoint to disk, then write its manifest: from here on it counts.
-
-    Args:
-        folder: ``global_step_<step>``, all its files written.
-        step: steps that the checkpoint has behind it.
-        facts: `identity` and whatever else is worth keeping with it.
-    """
+    """Flush every file of a checkpoint to disk, then write its manifest with these facts: from here on it counts."""
     sizes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
@@ -156,10 +150,6 @@ def choose(root: Path, wanted: dict[str, str], *, mend: bool = True) -> tuple[in
 
     Returns:
         The step that the run goes on from, 0 for a start, and what there is to say about it.
-
-    Raises:
-        Refused: the tracker names a missing folder, the checkpoint is another run's, others can write it, or
-            none is whole although there were some.
     """
     found, tracker = read_checkpoints(root), root / TRACKER
     whole = [checkpoint for checkpoint in found if checkpoint.complete]

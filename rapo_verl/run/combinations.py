@@ -66,12 +66,10 @@ def _only_verls(nodes: DictConfig) -> list[str]:
 
 
 def refused_combinations(config: DictConfig, rapo: RapoConfig | None, shape: Mapping[str, Any]) -> list[str]:
-    """Return every combination of a resolved run config that is refused.
+    """Return every combination that is refused of a config whose single values are right (`rapo_verl.run.values`).
 
-    Args:
-        config: its single values are right (`rapo_verl.run.values`).
-        rapo: its settings of RAPO; None: they are wrong, and only what does not depend on them is looked at.
-        shape: the model's config as Hugging Face has it; empty: not to be had.
+    Without ``rapo``, whose settings are wrong then, only what does not depend on them is looked at. ``shape`` is the
+    model's config as Hugging Face has it; empty: not to be had.
     """
     checks = [_batches(config), _trainer(config), _cpu(config), _verls_faults(config, rapo, shape)]
     if rapo is not None and rapo.head == "fast":

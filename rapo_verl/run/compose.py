@@ -18,11 +18,7 @@ PARENT = "rapo"
 
 
 def recipe_dir() -> Path:
-    """Return the folder of the recipes.
-
-    Raises:
-        FileNotFoundError: the package was installed without its clone.
-    """
+    """Return the folder of the recipes, which is there if the package was installed with its clone."""
     folder = Path(__file__).resolve().parents[2] / "recipe"
     if not (folder / f"{PARENT}.yaml").is_file():
         raise FileNotFoundError(
@@ -38,14 +34,7 @@ def experiments() -> list[str]:
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
-    """Return the resolved config of a run, its paths absolute.
-
-    Args:
-        overrides: Hydra overrides as typed (``experiment=toy_rapo_cpu trainer.total_training_steps=3``).
-
-    Raises:
-        hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException: an unknown key, value or experiment.
-    """
+    """Return the resolved config of a run, its paths absolute, from Hydra's overrides as typed."""
     # Looked up without importing verl, which takes seconds.
     spec = importlib.util.find_spec("verl")
     if spec is None or spec.origin is None:

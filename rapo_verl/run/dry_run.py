@@ -15,11 +15,7 @@ from rapo_verl.run.preflight import cpus_needed
 def show_dry_run(config: DictConfig) -> None:
     """Load tokenizer and data as veRL does and print what a run would do, with the plan as advice.
 
-    Args:
-        config: resolved config that passed `rapo_verl.run.preflight`.
-
-    Raises:
-        Refused: the data that veRL makes of the files cannot be trained on.
+    Refused: the data that veRL makes of the files cannot be trained on.
     """
     from verl.trainer.ppo.utils import create_rl_dataset
 

@@ -17,11 +17,7 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt
 
 
 def checkpoint_of(model: str) -> str:
-    """Return the newest complete checkpoint of a run's folder (`rapo train`); any other model as it is.
-
-    Raises:
-        Refused: the run has no complete checkpoint.
-    """
+    """Return the newest complete checkpoint of a run's folder (`rapo train`); any other model as it is."""
     saved = Path(model) / CHECKPOINTS_DIR
     if not saved.is_dir():
         return model
@@ -39,9 +35,6 @@ def resolve_model(model: str) -> Path:
     Args:
         model: such a folder, a run's folder (its newest complete checkpoint), a checkpoint of veRL (``global_step_N``,
             its ``actor``, FSDP or Megatron), or a hub id.
-
-    Raises:
-        Refused: there is none, or veRL's merger failed.
     """
     folder = Path(checkpoint_of(model))
     if folder.is_dir():
@@ -59,11 +52,7 @@ def resolve_model(model: str) -> Path:
 
 
 def model_sha256(folder: Path) -> str:
-    """Return the sha256 over names and contents of a checkpoint's weights, config and tokenizer.
-
-    Raises:
-        Refused: the folder has no config or no weights.
-    """
+    """Return the sha256 over names and contents of a checkpoint's weights, config and tokenizer."""
     files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
     if not (folder / "config.json").is_file() or not any(f.suffix in (".safetensors", ".bin") for f in files):
         raise Refused(f"{folder} is no Hugging Face checkpoint: it lacks config.json or weights")
@@ -99,9 +88,6 @@ def merge(folder: Path) -> Path:
     """Return a Hugging Face checkpoint of veRL's sharded one, made by veRL's own merger once and then kept.
 
     It lies in ``$RAPO_CACHE`` (default ``~/.cache/rapo_verl``) under a hash of the shards' names, sizes and times.
-
-    Raises:
-        Refused: the merger failed.
     """
     actor = _actor(folder)
     shards = sorted(path for path in actor.rglob("*") if path.is_file() and "optim" not in path.name)
@@ -122,11 +108,7 @@ def merge(folder: Path) -> Path:
 
 
 def merge_into(folder: Path, target: Path) -> None:
-    """Let veRL's merger write a sharded checkpoint as a Hugging Face one.
-
-    Raises:
-        Refused: it failed; nothing is left in target.
-    """
+    """Let veRL's merger write a sharded checkpoint as a Hugging Face one; Refused, and no target, if it fails."""
     command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", str(_backend(folder))]
     command += ["--local_dir", str(_actor(folder)), "--target_dir", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)

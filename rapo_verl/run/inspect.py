@@ -22,11 +22,7 @@ FIELDS = ("rm_scores", "advantages", "returns", "old_log_probs", "ref_log_prob",
 
 
 def show_checkpoints(run: Path, *, verify: bool) -> bool:
-    """Print a run's checkpoints, oldest first; return whether all are whole.
-
-    Raises:
-        Refused: there is none.
-    """
+    """Print a run's checkpoints, oldest first; return whether all are whole."""
     found = read_checkpoints(run / CHECKPOINTS_DIR)
     if not found:
         raise Refused(f"{run / CHECKPOINTS_DIR} has no checkpoint; is {run} a run's folder?")
@@ -45,11 +41,7 @@ def show_checkpoints(run: Path, *, verify: bool) -> bool:
 
 
 def export_checkpoint(run: Path, step: int, to: Path) -> Path:
-    """Write a checkpoint's policy as a Hugging Face model into ``to``.
-
-    Raises:
-        Refused: there is no such checkpoint, it is not whole, or veRL's merger failed.
-    """
+    """Write a checkpoint's policy as a Hugging Face model into ``to``; Refused unless the checkpoint is whole."""
     chosen = next((found for found in read_checkpoints(run / CHECKPOINTS_DIR) if found.step == step), None)
     if chosen is None:
         raise Refused(f"{run} has no checkpoint of step {step}: rapo checkpoints {run}")
@@ -87,13 +79,7 @@ def non_finite_rows(fields: Mapping[str, Tensor], mask: Tensor) -> dict[str, lis
 
 
 def describe(path: Path, decode: Any = None, rows: int = 5) -> list[str]:
-    """Return lines that say what is wrong in a dumped batch: fields, rows, tokens.
-
-    Args:
-        path: file of `dump_batch`.
-        decode: from token ids to text, None to show ids.
-        rows: how many of the bad rows to show.
-    """
+    """Return lines that say what is wrong in a dumped batch: fields, tokens, and the first bad rows as text or ids."""
     batch = torch.load(path, weights_only=True)
     mask = batch["response_mask"].bool()
     fields = {name: batch[name] for name in FIELDS if name in batch}

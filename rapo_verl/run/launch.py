@@ -11,28 +11,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from rapo_verl.run import checkpoints, folder
+from rapo_verl.run import checkpoints, folder, names
 from rapo_verl.run.files import write_atomic
 from rapo_verl.run.lock import claimed
-from rapo_verl.run.names import (
-    CHANGES_FILE,
-    COLLAPSED,
-    COLLAPSED_FILE,
-    DEADLINE_VARIABLE,
-    DUMP_FILE,
-    FAILURE_FILE,
-    LOG_FILE,
-    RESUME_VARIABLE,
-    RUN_DIR_VARIABLE,
-    SAVED,
-    STACKS_DIR,
-    STALLED,
-    STATE_VARIABLE,
-    STOP_FILE,
-    STOP_FILE_VARIABLE,
-    STOPPED_FILE,
-    WANDB_FILE,
-)
 from rapo_verl.run.processes import descendants, dump_stacks, no_process_left, terminate_as_interrupt
 from rapo_verl.run.progress import TrainingProgress
 
@@ -48,16 +29,16 @@ def _child_environment(config: DictConfig, run_dir: Path, step: int) -> dict[str
         "HYDRA_FULL_ERROR": "1",
         # veRL raises if this module fails to import, where it would drop an entry point that fails.
         "VERL_USE_EXTERNAL_MODULES": "rapo_verl.training.plugin",
-        RUN_DIR_VARIABLE: str(run_dir),
-        RESUME_VARIABLE: str(step),
+        names.RUN_DIR_VARIABLE: str(run_dir),
+        names.RESUME_VARIABLE: str(step),
         "VERL_FILE_LOGGER_PATH": str(folder.metrics_path(run_dir)),
         "TENSORBOARD_DIR": str(run_dir / "tensorboard"),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    env.setdefault(STOP_FILE_VARIABLE, str(run_dir / STOP_FILE))
+    env.setdefault(names.STOP_FILE_VARIABLE, str(run_dir / names.STOP_FILE))
     if config.survival.max_minutes is not None:
         ends = time.time() + 60 * config.survival.max_minutes
-        env[DEADLINE_VARIABLE] = str(min(ends, float(env.get(DEADLINE_VARIABLE) or ends)))
+        env[names.DEADLINE_VARIABLE] = str(min(ends, float(env.get(names.DEADLINE_VARIABLE) or ends)))
     if "wandb" in config.trainer.logger:
         env |= {"WANDB_RUN_ID": _wandb_run_id(run_dir), "WANDB_RESUME": "allow"}
     if config.trainer.device == "cpu":
@@ -71,21 +52,17 @@ def _child_environment(config: DictConfig, run_dir: Path, step: int) -> dict[str
 
 def _wandb_run_id(run_dir: Path) -> str:
     """Return the run's id, made once: a requeued job continues its curves."""
-    path = run_dir / WANDB_FILE
+    path = run_dir / names.WANDB_FILE
     if not path.exists():
         write_atomic(path, secrets.token_hex(4))
     return path.read_text()
 
 
 def run(config: DictConfig, *, verbose: bool = False) -> int:
-    """Train as ``config`` says and return the exit code; the log of every process goes to ``train.log``.
+    """Train as a config that passed `preflight` says and return the exit code.
 
-    Args:
-        config: resolved config that passed `rapo_verl.run.preflight`.
-        verbose: show the log as well as writing it.
-
-    Raises:
-        Refused: the run may not go on in this folder.
+    The log of every process goes to ``train.log``; it is shown as well if ``verbose``. Refused: the run may not go on
+    in this folder.
     """
     # Checkpoints hold pickles: nobody else may write into what this run makes.
     os.umask(os.umask(0o022) | 0o022)
@@ -95,12 +72,13 @@ def run(config: DictConfig, *, verbose: bool = False) -> int:
         changed = folder.changes_of(config)
         step, said = checkpoints.resume_point(config)
         folder.enter(config, changed, step)
-        said += [f"{key} is {new} now, was {old} (noted in {CHANGES_FILE})" for key, (old, new) in changed.items()]
+        noted = f"(noted in {names.CHANGES_FILE})"
+        said += [f"{key} is {new} now, was {old} {noted}" for key, (old, new) in changed.items()]
         return _train(config, run_dir, step, said, verbose)
 
 
 def _train(config: DictConfig, run_dir: Path, step: int, said: list[str], verbose: bool) -> int:
-    log_path = run_dir / LOG_FILE
+    log_path = run_dir / names.LOG_FILE
     env = _child_environment(config, run_dir, step)
     stalled = False
     with log_path.open("ab") as log, TrainingProgress(config, Path(env["VERL_FILE_LOGGER_PATH"])) as progress:
@@ -124,21 +102,20 @@ def _train(config: DictConfig, run_dir: Path, step: int, said: list[str], verbos
                     progress.echo(tail.read())
                 stalled = progress.idle_seconds() > 60 * (config.survival.stall_minutes or math.inf)
             if stalled:
-                dump_stacks(run_dir / STACKS_DIR, descendants(child.pid))
+                dump_stacks(run_dir / names.STACKS_DIR, descendants(child.pid))
                 _dump_on_other_nodes()
         progress.update()
     if stalled:
-        print(
-            f"\nNo step for {config.survival.stall_minutes} minutes: what each process did is in {run_dir}/{STACKS_DIR}"
-        )
-        return STALLED
-    if child.returncode == SAVED:
-        print(f"\nSaved at {(run_dir / STOPPED_FILE).read_text().strip()}. The same command goes on from there.")
-        return SAVED
-    if child.returncode == COLLAPSED:
-        reason = (run_dir / COLLAPSED_FILE).read_text().strip()
+        stacks = run_dir / names.STACKS_DIR
+        print(f"\nNo step for {config.survival.stall_minutes} minutes: what each process did is in {stacks}")
+        return names.STALLED
+    if child.returncode == names.SAVED:
+        print(f"\nSaved at {(run_dir / names.STOPPED_FILE).read_text().strip()}. The same command goes on from there.")
+        return names.SAVED
+    if child.returncode == names.COLLAPSED:
+        reason = (run_dir / names.COLLAPSED_FILE).read_text().strip()
         print(f"\nSaved, and ended because of an alarm: {reason}\nLook at it: rapo watch {run_dir}")
-        return COLLAPSED
+        return names.COLLAPSED
     if child.returncode != 0:
         _explain_failure(run_dir, log_path, start, child.returncode)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
@@ -146,14 +123,14 @@ def _train(config: DictConfig, run_dir: Path, step: int, said: list[str], verbos
 
 def _dump_on_other_nodes() -> None:
     """Have the agents of a Slurm job look at their nodes before Ray ends the processes there."""
-    state = os.environ.get(STATE_VARIABLE)
+    state = os.environ.get(names.STATE_VARIABLE)
     if state:
-        (Path(state) / DUMP_FILE).touch()
+        (Path(state) / names.DUMP_FILE).touch()
         time.sleep(DUMP_SECONDS)
 
 
 def _explain_failure(run_dir: Path, log_path: Path, start: int, code: int) -> None:
-    failure = run_dir / FAILURE_FILE
+    failure = run_dir / names.FAILURE_FILE
     if failure.exists():
         print(f"\nThe reward function raised:\n{failure.read_text()}", file=sys.stderr)
     with log_path.open("rb") as log:

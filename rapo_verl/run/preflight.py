@@ -105,12 +105,7 @@ def _run_dir(config: DictConfig) -> list[str]:
 
 
 def _going_on(config: DictConfig, *, whole: bool) -> list[str]:
-    """Return why the run may not go on from what its folder holds.
-
-    Args:
-        config: of the run.
-        whole: whether its model and data are there, which a checkpoint is compared with.
-    """
+    """Return why the run may not go on from what its folder holds; compared only with model and data that are there."""
     path = config.trainer.resume_from_path
     if config.trainer.resume_mode == "resume_path" and not (path and "global_step_" in path and Path(path).is_dir()):
         return [f"trainer.resume_from_path is {path}; resume_mode=resume_path wants a folder .../global_step_N"]

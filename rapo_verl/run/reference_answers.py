@@ -68,11 +68,7 @@ class ReferenceAnswers:
 
     @classmethod
     def read(cls, folder: str | Path, *, limit: int, weight_of_wrong: float = 0.0) -> "ReferenceAnswers":
-        """Return the answers of a folder.
-
-        Raises:
-            Refused: there are none, or of another format.
-        """
+        """Return the answers of a folder; Refused if there are none, or of another format."""
         path = Path(folder) / ANSWERS_FILE
         columns = [name for name in SCHEMA.names if weight_of_wrong > 0 or not name.startswith("wrong")]
         try:
@@ -123,11 +119,7 @@ def prompt_key(tokens: Any) -> bytes:
 
 
 def answers_of_run(config: DictConfig) -> ReferenceAnswers | None:
-    """Return the answers that a run trains on, None for none.
-
-    Raises:
-        Refused: they cannot be read.
-    """
+    """Return the answers that a run trains on, None for none."""
     kl = config.rapo.forward_kl
     if kl.samples_coef == 0:
         return None

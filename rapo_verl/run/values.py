@@ -5,6 +5,7 @@ What keys may not hold together stands in `rapo_verl.run.combinations`.
 
 import contextlib
 import importlib
+import re
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any
 
@@ -20,72 +21,46 @@ Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 PositiveShare = Annotated[float, Field(gt=0, le=1, strict=True)]
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-# veRL divides by these, counts with them or hands them to torch and vLLM; each would fail, or mean nothing, later.
-BOUNDS: dict[str, Any] = {
-    **dict.fromkeys(
-        (
-            "data.train_batch_size",
-            "data.max_prompt_length",
-            "data.max_response_length",
-            f"{_ACTOR}.ppo_mini_batch_size",
-            f"{_ACTOR}.ppo_epochs",
-            f"{_ROLLOUT}.n",
-            f"{_ROLLOUT}.val_kwargs.n",
-            f"{_ROLLOUT}.tensor_model_parallel_size",
-            f"{_ROLLOUT}.data_parallel_size",
-            f"{_ROLLOUT}.max_num_seqs",
-            f"{_ROLLOUT}.max_num_batched_tokens",
-            f"{_ROLLOUT}.agent.num_workers",
-            "actor_rollout_ref.nccl_timeout",
-            "reward.num_workers",
-            "trainer.nnodes",
-            "trainer.n_gpus_per_node",
-            "trainer.total_epochs",
-            "trainer.v1.separate_async.parameter_sync_step",
-            f"{_ACTOR}.megatron.tensor_model_parallel_size",
-            f"{_ACTOR}.megatron.pipeline_model_parallel_size",
-            f"{_ACTOR}.megatron.context_parallel_size",
-            f"{_ACTOR}.ulysses_sequence_parallel_size",
-        ),
+# What single keys allow. veRL divides by these, counts with them or hands them to torch and vLLM; each would fail, or
+# mean nothing, later.
+_ALLOWED: list[tuple[Any, str]] = [
+    (
         Count,
+        """
+        data.train_batch_size data.max_prompt_length data.max_response_length actor.ppo_mini_batch_size actor.ppo_epochs
+        rollout.n rollout.val_kwargs.n rollout.tensor_model_parallel_size rollout.data_parallel_size
+        rollout.max_num_seqs rollout.max_num_batched_tokens rollout.agent.num_workers actor_rollout_ref.nccl_timeout
+        reward.num_workers trainer.nnodes trainer.n_gpus_per_node trainer.total_epochs
+        trainer.v1.separate_async.parameter_sync_step actor.megatron.tensor_model_parallel_size
+        actor.megatron.pipeline_model_parallel_size actor.megatron.context_parallel_size
+        actor.ulysses_sequence_parallel_size""",
     ),
-    **dict.fromkeys(
-        (
-            "trainer.total_training_steps",
-            "data.gen_batch_size",
-            "data.val_batch_size",
-            f"{_ROLLOUT}.max_model_len",
-            f"{_ACTOR}.ppo_micro_batch_size_per_gpu",
-            "transfer_queue.backend.SimpleStorage.num_data_storage_units",
-            "ray_kwargs.ray_init.num_cpus",
-        ),
+    (
         Count | None,
+        """
+        trainer.total_training_steps data.gen_batch_size data.val_batch_size rollout.max_model_len
+        actor.ppo_micro_batch_size_per_gpu transfer_queue.backend.SimpleStorage.num_data_storage_units
+        ray_kwargs.ray_init.num_cpus""",
     ),
-    # -1 switches off, as does any number below 1.
-    **dict.fromkeys(("trainer.save_freq", "trainer.test_freq", f"{_ROLLOUT}.top_k"), Whole),
-    "trainer.max_actor_ckpt_to_keep": Whole | None,
-    **dict.fromkeys(("data.seed", f"{_ROLLOUT}.seed"), Whole | None),
-    **dict.fromkeys(("data.dataloader_num_workers", "actor_rollout_ref.model.lora_rank"), Natural),
-    **dict.fromkeys(
-        (
-            f"{_ACTOR}.optim.lr",
-            f"{_ACTOR}.optim.weight_decay",
-            f"{_ACTOR}.entropy_coeff",
-            f"{_ACTOR}.kl_loss_coef",
-            f"{_ACTOR}.clip_ratio",
-            f"{_ACTOR}.clip_ratio_low",
-            f"{_ACTOR}.clip_ratio_high",
-            f"{_ROLLOUT}.val_kwargs.temperature",
-        ),
+    (Whole, "trainer.save_freq trainer.test_freq rollout.top_k"),  # -1 switches off, as does any number below 1
+    (Whole | None, "trainer.max_actor_ckpt_to_keep data.seed rollout.seed"),
+    (Natural, "data.dataloader_num_workers actor_rollout_ref.model.lora_rank"),
+    (
         NotNegative,
+        """
+        actor.optim.lr actor.optim.weight_decay actor.entropy_coeff actor.kl_loss_coef actor.clip_ratio
+        actor.clip_ratio_low actor.clip_ratio_high rollout.val_kwargs.temperature""",
     ),
-    f"{_ROLLOUT}.temperature": Positive,
-    f"{_ROLLOUT}.top_p": PositiveShare,
-    "algorithm.gamma": Share,
-    "algorithm.lam": Share,
-    "trainer.v1.sampler.sampler_kwargs.max_failed_share": Share,
-    "survival.max_minutes": Positive | None,
-    "survival.stall_minutes": Positive | None,
+    (Positive, "rollout.temperature"),
+    (Positive | None, "survival.max_minutes survival.stall_minutes"),
+    (PositiveShare, "rollout.top_p"),
+    (Share, "algorithm.gamma algorithm.lam trainer.v1.sampler.sampler_kwargs.max_failed_share"),
+]
+# By key; actor and rollout stand in actor_rollout_ref.
+BOUNDS: dict[str, Any] = {
+    re.sub(r"^(?=actor\.|rollout\.)", "actor_rollout_ref.", key): allowed
+    for allowed, keys in _ALLOWED
+    for key in keys.split()
 }
 # veRL 0.9.1 trainer/ppo/v1/trainer_base.py:853 logs another one and goes on with a name that it has not got.
 RESUME_MODES = ("auto", "disable", "resume_path")
@@ -126,12 +101,7 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def wrong_values(config: DictConfig, defaults: DictConfig) -> dict[str, str]:
-    """Return what is wrong with single values of a resolved config, by key.
-
-    Args:
-        config: of the run.
-        defaults: its experiment without overrides; a number or a switch must stay one.
-    """
+    """Return what is wrong with single values of a resolved config, by key; what is a number by default stays one."""
     plain: Any = OmegaConf.to_container(config)
     known: Any = dict(leaves(OmegaConf.to_container(defaults)))
     found = {}

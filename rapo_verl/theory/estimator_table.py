@@ -126,8 +126,7 @@ OTHERS: dict[str, Estimator] = {
 def sampled(name: str) -> Estimator:
     """Return an estimator as a function of log pi, log pi_old and log ref of each token.
 
-    Args:
-        name: of `OURS` ("bounded rho<=8" for another bound), `VERL` or `OTHERS`, or one of them and `IN_REWARD`.
+    The name is of `OURS` ("bounded rho<=8" for another bound), `VERL` or `OTHERS`, or one of them and `IN_REWARD`.
     """
     if name.endswith(IN_REWARD):
         value = sampled(name.removesuffix(IN_REWARD))
