@@ -1,9 +1,7 @@
-"""An evaluation whose engines are stubs, to be killed: ``python stub_evaluation.py FOLDER``."""
+"""An evaluation whose engines are stubs, to be killed."""
 
 import asyncio
 import random
-import sys
-from pathlib import Path
 
 from rapo_verl.evaluation.generate import Draw, EngineLostError, generate
 from rapo_verl.evaluation.spec import Plan, Problem, Sampling
@@ -70,7 +68,7 @@ def run(drawn, *engines, done=lambda *_: None, fleet=None):
     return started, asyncio.run(work)
 
 
-if __name__ == "__main__":
-    drawn = draw(Path(sys.argv[1]))
+def work(folder):
+    drawn = draw(folder)
     with drawn.store.locked():
         run(drawn, StubEngine(0.08), StubEngine(0.08))
