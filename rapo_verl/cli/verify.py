@@ -25,7 +25,7 @@ def verify(
 
     Example: rapo verify '\frac{1}{2}' 'so it is \boxed{0.5}'
     """
-    from rapo_verl.reward import Verdict, Verifier, VerifierSettings
+    from rapo_verl.reward import Verdict, VerifierSettings, shared_verifier
 
     settings = VerifierSettings(strictness=strictness, deadline_s=deadline)
     if settings.problems():
@@ -33,13 +33,11 @@ def verify(
     if (file is None) == (gold is None or response is None):
         raise Refused("give GOLD and RESPONSE, or --file with rows that have both")
     pairs = _pairs(file) if file else [(str(gold), str(response))]
-    verifier = Verifier(settings)
+    golds, responses = zip(*pairs)
     try:
-        verdicts = verifier.verify_many([text for _, text in pairs], [right for right, _ in pairs])
+        verdicts = shared_verifier(settings).verify_many(responses, golds)
     except ValueError as error:
         raise Refused(str(error)) from error
-    finally:
-        verifier.close()
     for (right, _), (verdict, box) in zip(pairs, verdicts):
         said = {"verdict": verdict.value, "answer": box, "gold": right, "why": _why(verdict, right, box, settings)}
         print(json.dumps(said) if as_json else f"{verdict.value}: answer {box!r}, gold {right!r}: {said['why']}")

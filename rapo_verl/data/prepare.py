@@ -6,7 +6,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing, nullcontext
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from rapo_verl.data.layouts import Problem, to_problems
 from rapo_verl.data.overlap import HeldOut
 from rapo_verl.data.sources import HUB, iter_records, read_hub
 from rapo_verl.data.validate import Checked, Finding, bar, check_problems, chunks, first_of_each_kind, listed
-from rapo_verl.reward import Verifier
+from rapo_verl.reward import Verifier, VerifierSettings, shared_verifier
 from rapo_verl.run.files import file_sha256, write_atomic
 
 # SimpleRL-Zoo's limit for Qwen2.5.
@@ -92,7 +91,7 @@ def prepare(
         model: whose tokenizer counts the rendered prompt's tokens; None: not counted, and the card says so.
         max_prompt_tokens: their limit.
         prompt: a style of PROMPTS.
-        verifier: default: one of the default settings, closed at the end.
+        verifier: default: this process's of the default settings.
     """
     name = name or name_of(source)
     target = out / f"{name}.parquet"
@@ -104,17 +103,16 @@ def prepare(
         problems, layouts = to_problems(bar(iter_records(Path(source)), f"reading {Path(source).name}"), name)
         source_sha = file_sha256(Path(source))
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    with nullcontext(verifier) if verifier else closing(Verifier()) as verifier:
-        checked = check_problems(
-            problems,
-            aime=plain.startswith("aime"),
-            evaluation=plain.startswith(EVALUATION_SETS),
-            against=held_out(against),
-            drop_overlap=drop_overlap,
-            count_tokens=_token_counter(model, prompt),
-            max_prompt_tokens=max_prompt_tokens,
-            verifier=verifier,
-        )
+    checked = check_problems(
+        problems,
+        aime=plain.startswith("aime"),
+        evaluation=plain.startswith(EVALUATION_SETS),
+        against=held_out(against),
+        drop_overlap=drop_overlap,
+        count_tokens=_token_counter(model, prompt),
+        max_prompt_tokens=max_prompt_tokens,
+        verifier=verifier or shared_verifier(VerifierSettings()),
+    )
     _check_left(checked, source, name, plain)
     kept = _with_own_ids(checked.kept)
     data = _to_parquet(kept, name, source_sha, prompt)

@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
 from functools import cache
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -15,7 +14,7 @@ import pyarrow as pa
 
 from rapo_verl import Refused
 from rapo_verl.evaluation.store import SCORES, ShardError, Store, read_stated, read_table, write_table
-from rapo_verl.reward import Verifier, VerifierSettings
+from rapo_verl.reward import VerifierSettings, shared_verifier
 
 SCHEMA = pa.schema(
     [
@@ -62,10 +61,9 @@ def score(
     started(len(todo))
     processes = min(jobs or os.cpu_count() or 1, len(todo))
     if processes <= 1:
-        with closing(Verifier(settings)) as verifier:
-            for task in todo:
-                _score_problem(store, verifier, *task)
-                done()
+        for task in todo:
+            _score_problem(store, settings, *task)
+            done()
         return len(todo)
     # spawn: the caller may hold threads.
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -107,17 +105,15 @@ def _outdated(store: Store, settings: VerifierSettings) -> list[tuple[int, dict[
     return todo
 
 
-@cache
-def _opened(folder: Path, settings: VerifierSettings) -> tuple[Store, Verifier]:
-    return Store.open(folder), Verifier(settings)
+_opened = cache(Store.open)
 
 
-def _score_in_pool(folder: Path, settings: VerifierSettings, problem: int, basis: dict[str, Any]) -> None:
-    _score_problem(*_opened(folder, settings), problem, basis)
+def _score_in_pool(folder: Path, *task: Any) -> None:
+    _score_problem(_opened(folder), *task)
 
 
-def _score_problem(store: Store, verifier: Verifier, problem: int, basis: dict[str, Any]) -> None:
-    gold = store.problems[problem]["gold"]
+def _score_problem(store: Store, settings: VerifierSettings, problem: int, basis: dict[str, Any]) -> None:
+    gold, verifier = store.problems[problem]["gold"], shared_verifier(settings)
     parts = []
     for path in store.shards_of(problem):
         try:
