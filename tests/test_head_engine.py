@@ -17,7 +17,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from rapo_verl.method.config import FULL_VOCABULARY, ForwardKLConfig, RapoConfig, ReferenceConfig, rapo_config_from
 from rapo_verl.method.head import Target, head
-from rapo_verl.run.combinations import fast_head
+from rapo_verl.plan.head import fast_head
 from rapo_verl.run.compose import compose_config
 from rapo_verl.run.preflight import problems_of
 from rapo_verl.training.engine import FIELDS, CpuFSDPEngine, response_index, run_head

@@ -8,6 +8,13 @@ from rapo_verl.plan.job import Job
 from rapo_verl.plan.memory import OPTIMIZER_BYTES, kv_bytes, trained_parameters
 from rapo_verl.plan.model import ModelShape
 
+# Seconds of a head beside the product that makes the logits, in units of one read and one write of the logits in bf16:
+# (a pass without gradient, forward and backward). As benchmarks/head.py measured them on an H200 (docs/benchmarks.md),
+# where veRL's had a KL of 64 tokens in them: what a processor's share of that is, is taken off Megatron's. FSDP's is
+# without flash-attn and torch.compile; its steps took twice as long. Of the fused kernels the backward is assumed.
+HEAD_TIME = {"fast": (1.0, 2.4), "megatron": (25.0, 45.0), "fsdp2": (300.0, 650.0), "fused": (25.0, 60.0)}
+COPY_SHARE = 0.87  # of the data sheet's bandwidth, that copying reached there
+
 
 @dataclass(frozen=True)
 class Assumed:
@@ -23,7 +30,7 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Cost:
-    """One step: tokens, FLOPs by pass, seconds by stage; checkpoints in bytes."""
+    """One step: tokens, FLOPs by pass, seconds by stage, those of the heads within them; checkpoints in bytes."""
 
     responses: int
     tokens: float
@@ -33,6 +40,7 @@ class Cost:
     old_log_prob: float
     reference: float
     update: float
+    heads: float
     validation: float  # seconds of one; nan: its problems are not here to be counted
     checkpoint: float
     disk: float
@@ -63,6 +71,8 @@ def cost(shape: ModelShape, job: Job, gpu: Gpu, assumed: Assumed, *, kv_tokens: 
     # Backward is twice the forward pass, once where nothing but adapters has a gradient; recomputation adds one.
     update = forward * ((3 if job.lora is None else 2) + (job.recompute_layers is not None))
     speed = job.gpus * gpu.tflops * 1e12 * assumed.mfu
+    forward_head, update_head = head_seconds(shape, job, gpu, tokens)
+    passes = 2 if job.reference else 1
     # Megatron: the HF tree holds the weights (megatron_checkpoint_manager.py:118 of veRL 0.9.1), model and hf_model
     # being one; FSDP writes its shards with two moments, and bf16 beside them.
     trained = trained_parameters(shape, job)
@@ -76,13 +86,26 @@ def cost(shape: ModelShape, job: Job, gpu: Gpu, assumed: Assumed, *, kv_tokens: 
         forward_flops=forward,
         update_flops=update,
         generation=_generation(shape, job, gpu, assumed, kv_tokens, responses),
-        old_log_prob=forward / speed,
-        reference=forward / speed if job.reference else 0.0,
-        update=update / speed,
+        old_log_prob=forward / speed + forward_head,
+        reference=forward / speed + forward_head if job.reference else 0.0,
+        update=update / speed + update_head,
+        heads=passes * forward_head + update_head,
         validation=nan if job.validation is None else _generation(shape, job, gpu, assumed, kv_tokens, job.validation),
         checkpoint=checkpoint,
         disk=checkpoint * (job.checkpoints + 1),  # the new one is written before the oldest goes
     )
+
+
+def head_seconds(shape: ModelShape, job: Job, gpu: Gpu, tokens: float) -> tuple[float, float]:
+    """Return the seconds of the head beside its product: (of a pass without gradient, of an update).
+
+    The ranks of a pipeline's last stage share the logits, the others wait for them.
+    """
+    kind = job.head if job.head in HEAD_TIME else "megatron" if job.backend == "megatron" else "fsdp2"
+    logits = 2 * tokens * shape.vocab / (job.gpus / job.pipeline)
+    copy = 2 * logits / (gpu.bandwidth * 1e12 * COPY_SHARE)
+    forward, update = HEAD_TIME[kind]
+    return forward * copy, update * copy
 
 
 def _generation(shape: ModelShape, job: Job, gpu: Gpu, assumed: Assumed, kv_tokens: int, responses: int) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from pyarrow import parquet
 
+from rapo_verl.plan.head import head_of
 from rapo_verl.plan.model import ModelShape
 
 
@@ -37,6 +38,9 @@ class Job:
     held_bytes: int  # of a parameter as a rank keeps it
     lora: Lora | None  # None: every parameter is trained
     micro_tokens: int  # of a micro-batch on one rank, as the update and the log-prob passes are cut
+    by_tokens: bool  # whether a micro-batch is cut by its tokens, and not by its sequences
+    padded: bool  # whether its sequences are then padded to the longest of them
+    head: str  # as `head_of` says
     entropy: bool  # whether the update differentiates the entropy
     reference: bool
     param_offload: bool
@@ -91,6 +95,9 @@ def job_of(config: DictConfig, *, gpus: int | None = None) -> Job:
         held_bytes=2 if megatron or engine.model_dtype in ("bf16", "bfloat16") else 4,
         lora=_lora(group.model, megatron),
         micro_tokens=_micro_tokens(config),
+        by_tokens=actor.use_dynamic_bsz,
+        padded=not group.model.use_remove_padding,
+        head=head_of(config),
         entropy=actor.entropy_coeff != 0 or actor.calculate_entropy,
         reference=actor.use_kl_loss,
         param_offload=engine.param_offload,

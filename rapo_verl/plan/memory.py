@@ -9,6 +9,7 @@ named so.
 
 from dataclasses import dataclass
 
+from rapo_verl.method.linear_head import CHUNKS
 from rapo_verl.plan.job import Job
 from rapo_verl.plan.model import ModelShape
 
@@ -24,11 +25,13 @@ FRAGMENTATION = 0.05
 # Adam in mixed precision: fp32 master weight and two moments.
 OPTIMIZER_BYTES = 12
 GRADIENT_BYTES = 4
-# Peak of the head in units of one fp32 [tokens, vocabulary / TP] tensor: (update with entropy, update without, forward
-# only). Megatron: fp32 logits, a copy, the entropy's softmax and one more where torch.compile does not fuse its sum
-# (verl/utils/megatron/tensor_parallel.py:93). FSDP: bf16 logits and their gradient, and the entropy recomputed in fp32
-# (verl/utils/torch_functional.py:248).
+# Peak of veRL's head in units of one fp32 [tokens, vocabulary / TP] tensor: (update with entropy, update without,
+# forward only). Megatron: fp32 logits, a copy, the entropy's softmax and one more where torch.compile does not fuse its
+# sum (verl/utils/megatron/tensor_parallel.py:93). FSDP: bf16 logits and their gradient, and the entropy recomputed in
+# fp32 (verl/utils/torch_functional.py:248).
 HEAD = {"megatron": (4.0, 2.0, 4.0), "fsdp2": (4.5, 1.0, 1.5)}
+# The same of veRL's fused kernels, but of FUSED_TOKENS at a time (verl/utils/experimental/torch_functional.py:36).
+FUSED, FUSED_TOKENS = (7.0, 5.0, 3.0), 512
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,20 @@ def activations(shape: ModelShape, job: Job, *, stage: int) -> float:
 
 def head(shape: ModelShape, job: Job) -> tuple[float, float]:
     """Return the peak bytes of logits and their losses on the last stage: (in the update, in a forward pass)."""
-    unit = 4 * job.micro_tokens * shape.vocab / job.tensor
-    with_entropy, without, forward = HEAD["megatron" if job.backend == "megatron" else "fsdp2"]
-    return (with_entropy if job.entropy else without) * unit, forward * unit
+    columns, megatron = shape.vocab / job.tensor, job.backend == "megatron"
+    if job.head == "fast":
+        # The logits as the model makes them and, on Megatron, as it returns them, in fp32. Their gradient takes their
+        # place (method/head.py), and Triton's kernels need nothing beside it.
+        logits = job.micro_tokens * columns * (job.weight_bytes + 4 * megatron)
+        return logits, logits
+    of_verl, tokens = HEAD["megatron" if megatron else "fsdp2"], job.micro_tokens
+    if job.head == "fused":
+        of_verl, tokens = FUSED, min(FUSED_TOKENS, tokens)
+    with_entropy, without, forward = (multiple * 4 * tokens * columns for multiple in of_verl)
+    if job.head == "fused":
+        # A reference at a temperature for each sample has `method.linear_head`, whose parts may be larger.
+        forward = max(forward, job.micro_tokens / CHUNKS * columns * job.weight_bytes)
+    return (with_entropy if job.entropy else without), forward
 
 
 def kv_bytes(shape: ModelShape, job: Job) -> float:

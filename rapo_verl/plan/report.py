@@ -1,5 +1,6 @@
 """A plan whole: memory, cost, what is illegal, what does not fit, and the nearest layouts that do."""
 
+import bisect
 import itertools
 import json
 import math
@@ -21,6 +22,8 @@ from rapo_verl.plan.model import ModelShape, shape_of
 MARGIN = 0.1
 # Steps of rollout.gpu_memory_utilization that the search tries.
 UTILIZATIONS = (0.6, 0.5, 0.4, 0.3)
+# A larger micro-batch is named in steps of so many tokens, and from this many times the recipe's on.
+MICRO_STEP, MICRO_GAIN = 1024, 1.25
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Plan:
     cost: Cost
     problems: list[str]
     nearest: list[str]
+    micro_tokens: int | None  # of the largest micro-batch that fits as well, where it is worth it
 
     @property
     def fits(self) -> bool:
@@ -62,7 +66,8 @@ def plan(config: DictConfig, gpu: Gpu, *, gpus: int | None = None, assumed: Assu
     problems = illegal + misfits(job, held, gpu)
     nearest = _nearest_fits(shape, asked, gpu) if problems else []
     price = cost(shape, job, gpu, assumed, kv_tokens=held.kv_tokens)
-    return Plan(shape, job, gpu, assumed, held, price, problems, nearest)
+    larger = None if problems else larger_micro_batch(shape, job, gpu, price.tokens / price.responses)
+    return Plan(shape, job, gpu, assumed, held, price, problems, nearest, larger)
 
 
 def _on_the_gpus(job: Job) -> Job:
@@ -129,6 +134,24 @@ def misfits(job: Job, held: Memory, gpu: Gpu) -> list[str]:
             "rollout.gpu_memory_utilization or rollout.tensor_model_parallel_size"
         )
     return found
+
+
+def larger_micro_batch(shape: ModelShape, job: Job, gpu: Gpu, length: float) -> int | None:
+    """Return the most tokens of a micro-batch that fit as well; None: hardly more than now, or padding adds to them.
+
+    A rank of a pipeline's stage has one micro-batch at least in each update; ``length`` is a sequence's mean.
+    """
+    all_of_a_rank = job.mini_batch * job.responses * length / (job.data * job.context * job.pipeline)
+    sizes = range(job.micro_tokens // MICRO_STEP * MICRO_STEP, int(all_of_a_rank) + MICRO_STEP, MICRO_STEP)
+
+    def too_large(tokens: int) -> bool:
+        variant = replace(job, micro_tokens=tokens)
+        return bool(misfits(variant, memory(shape, variant, gpu_bytes=gpu.memory_gib * GIB), gpu))
+
+    fitting = bisect.bisect_left(sizes, True, key=too_large)
+    largest = sizes[fitting - 1] if fitting else 0
+    worth_it = job.by_tokens and not job.padded and largest >= MICRO_GAIN * job.micro_tokens
+    return largest if worth_it else None
 
 
 def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, list[str]]]:
@@ -224,8 +247,9 @@ def print_plan(made: Plan, console: Console) -> None:
         "responses, tokens", f"{price.responses:,}, {price.tokens / 1e6:.1f} M at {price.tokens / price.responses:.0f}"
     )
     table.add_row("FLOPs: a forward pass, the update", f"{price.forward_flops:.2e}, {price.update_flops:.2e}")
-    for name in ("generation", "old_log_prob", "reference", "update", "step"):
-        table.add_row(f"{name}, seconds", f"{getattr(price, name):.0f}".replace("nan", "not known for this card"))
+    for name in ("generation", "old_log_prob", "reference", "update", "heads", "step"):
+        label = "of these three the heads" if name == "heads" else name
+        table.add_row(f"{label}, seconds", f"{getattr(price, name):.0f}".replace("nan", "not known for this card"))
     table.add_row(f"{job.steps} steps, hours", f"{job.steps * price.step / 3600:.1f}".replace("nan", "not known"))
     if job.validations:
         number = "of problems not here" if job.validation is None else f"of {job.validation:,} responses"
@@ -237,8 +261,21 @@ def print_plan(made: Plan, console: Console) -> None:
     console.print(
         "not measured but assumed: context, NCCL, sleeping vLLM, fragmentation, gathered FSDP layers (docs/scaling.md)"
     )
+    if job.by_tokens and job.padded:
+        times = job.sequence * price.responses / price.tokens
+        console.print(
+            "actor_rollout_ref.model.use_remove_padding=false pads the sequences of a micro-batch to the longest: "
+            f"activations and head take up to {times:.1f} times what is shown",
+            highlight=False,
+        )
     if made.fits:
         console.print(f"fits, with more than {MARGIN:.0%} of the card to spare")
+        if made.micro_tokens is not None:
+            console.print(
+                f"as do larger micro-batches, whose passes are fewer: up to actor_rollout_ref.actor.ppo_max_token_len_"
+                f"per_gpu={made.micro_tokens} ({job.micro_tokens} now)",
+                highlight=False,
+            )
         return
     for title, lines in (("does not fit:", made.problems), ("nearest that does:", made.nearest)):
         console.print(f"[bold]{title}[/bold]")

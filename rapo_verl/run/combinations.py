@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rapo_verl.method.config import FULL_VOCABULARY, RapoConfig
+from rapo_verl.plan.head import ENGINES, fast_head, only_verls
 
 # veRL's own trainers (``trainer.v1.trainer_mode``); RAPO's have "rapo_" before the name.
 MODES = ("sync", "colocate_async", "separate_async")
@@ -26,7 +27,6 @@ GROUPED = (
     "opo",
     "reinforce_plus_plus_baseline",
 )
-ENGINES = ("fsdp", "fsdp2", "megatron")
 Checks = Iterator[tuple[bool, str]]
 
 
@@ -45,26 +45,6 @@ def logit_changes(model: Mapping[str, Any]) -> list[str]:
     return [name for name in LOGIT_CHANGES if model.get(name) not in (None, 0, 1)]
 
 
-def fast_head(nodes: DictConfig, rapo: RapoConfig) -> bool:
-    """Whether our head makes the log-probs of every pass of a run (``actor_rollout_ref``, ``rapo.head``)."""
-    return rapo.head == "fast" or (rapo.head == "auto" and rapo.enabled and not _only_verls(nodes))
-
-
-def _only_verls(nodes: DictConfig) -> list[str]:
-    """Return the settings that our head cannot follow.
-
-    It has no need of ``entropy_from_logits_with_chunking``, ``entropy_checkpointing`` and ``use_torch_compile``, which
-    make veRL's entropy smaller or faster: beside it they do nothing.
-    """
-    found = {
-        "model.use_fused_kernels=true, which makes no logits": nodes.model.get("use_fused_kernels"),
-        "actor.calculate_sum_pi_squared=true": nodes.actor.get("calculate_sum_pi_squared"),
-    }
-    for role in ("actor", "ref"):
-        found[f"{role}.strategy={nodes[role].strategy}"] = nodes[role].strategy not in ENGINES
-    return [f"actor_rollout_ref.{setting}" for setting, is_set in found.items() if is_set]
-
-
 def refused_combinations(config: DictConfig, rapo: RapoConfig | None, shape: Mapping[str, Any]) -> list[str]:
     """Return every combination that is refused of a config whose single values are right (`rapo_verl.run.values`).
 
@@ -75,7 +55,7 @@ def refused_combinations(config: DictConfig, rapo: RapoConfig | None, shape: Map
     if rapo is not None and rapo.head == "fast":
         checks.append(
             (False, f"rapo.head=fast cannot follow {setting}; unset it, or set rapo.head=verl")
-            for setting in _only_verls(config.actor_rollout_ref)
+            for setting in only_verls(config.actor_rollout_ref)
         )
     if rapo is not None and rapo.enabled:
         checks.append(_method(config, rapo))

@@ -22,7 +22,7 @@ from verl.workers.utils.padding import response_from_nested
 from rapo_verl.method.config import PER_TOKEN_ESTIMATORS, RapoConfig, rapo_config_from
 from rapo_verl.method.reference_tokens import ReferenceTokens, phi_nodes
 from rapo_verl.method.reweighting import reward_to_phi, reweight_tokens
-from rapo_verl.run.combinations import fast_head
+from rapo_verl.plan.head import fast_head
 from rapo_verl.training.answers import ROWS, with_reference_answers
 from rapo_verl.training.engine import FIELDS, HeadSwitch, response_positions
 from rapo_verl.training.loss import PHI, rapo_policy_loss
