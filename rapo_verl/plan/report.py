@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -181,7 +181,7 @@ def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, lis
             rollout_tensor=rollout,
         )
         changes = [
-            f"{key}={new}"
+            f"actor_rollout_ref.{key}={new}"
             for key, old, new in (
                 (f"{engine}.tensor_model_parallel_size", job.tensor, tensor),
                 (f"{engine}.optimizer_offload", job.optimizer_offload, optimizer),
@@ -200,23 +200,41 @@ def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, lis
         yield variant, changes
 
 
+class Variant(NamedTuple):
+    """A layout that fits: as a job, the overrides that make it one, and what it holds."""
+
+    job: Job
+    overrides: list[str]
+    memory: Memory
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything of the trainer lies in host memory between its phases."""
+        return self.job.param_offload or self.job.optimizer_offload
+
+
+def fitting_variants(shape: ModelShape, job: Job, gpu: Gpu, gpus: int) -> Iterator[Variant]:
+    """Yield the layouts on a number of GPUs that are legal and fit, few and mild changes first."""
+    for variant, overrides in _variants(job, shape, gpus):
+        held = memory(shape, variant, gpu_bytes=gpu.memory_gib * GIB)
+        if not misfits(variant, held, gpu):
+            yield Variant(variant, overrides, held)
+
+
 def _nearest_fits(shape: ModelShape, job: Job, gpu: Gpu) -> list[str]:
     """Return the mildest change that fits on the same GPUs, and the fewest GPUs that fit without offload."""
     hints = []
     for gpus in dict.fromkeys((job.gpus, *(2**i for i in range(11) if 2**i > job.gpus))):
-        same = gpus == job.gpus
-        for variant, changes in _variants(job, shape, gpus):
-            offloads = variant.param_offload or variant.optimizer_offload
-            held = memory(shape, variant, gpu_bytes=gpu.memory_gib * GIB)
-            if misfits(variant, held, gpu) or (offloads and not same):
-                continue
-            phase, peak = held.peak
-            host = f", {held.host_per_node / GIB:.0f} GiB of host memory a node" if offloads else ""
-            keys = ", ".join(f"actor_rollout_ref.{change}" for change in changes) or "no other change"
-            hints.append(f"{gpus} GPUs: {keys} (peak {peak / GIB:.1f} GiB in {phase}{host})")
-            if not offloads:
-                return hints
-            break
+        fitting = fitting_variants(shape, job, gpu, gpus)
+        found = next((variant for variant in fitting if gpus == job.gpus or not variant.offloads), None)
+        if found is None:
+            continue
+        phase, peak = found.memory.peak
+        host = f", {found.memory.host_per_node / GIB:.0f} GiB of host memory a node" if found.offloads else ""
+        keys = ", ".join(found.overrides) or "no other change"
+        hints.append(f"{gpus} GPUs: {keys} (peak {peak / GIB:.1f} GiB in {phase}{host})")
+        if not found.offloads:
+            return hints
     return hints or ["no layout of up to 1024 GPUs fits"]
 
 

@@ -2,21 +2,20 @@
 
 import importlib.metadata
 import os
+import platform
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from rich.console import Console
-from rich.table import Table
 
 from rapo_verl import Refused
-from rapo_verl.plan.card import Gpu, card
+from rapo_verl.plan.card import card, nvidia_smi
+from rapo_verl.run.finding import Finding, gib
+from rapo_verl.run.trials import trials, tried
 
 # Exact versions that run together: (cpu, gpu); the gpu ones are veRL 0.9.1's own pins.
 VERSIONS = {
@@ -46,33 +45,36 @@ MODULES = {
 # Without these a run is made otherwise, or is of another kind; one that is there must import all the same.
 OPTIONAL = {"flash_attn", "transformer_engine", "megatron.core", "apex"}
 MIN_DRIVER = 580
+# The newest that a wheel of either lock wants: llguidance's, manylinux_2_31.
+MIN_GLIBC = (2, 31)
 IMPORT_SECONDS = 120
 MIN_MEMORY, MIN_SHM, MIN_DISK = 12 << 30, 256 << 20, 5 << 30
 INSTALL = "install the lock: make install (CPU) or make gpu"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at: what it is, what was found, and how to mend it where it is wrong."""
+def examine(gpu: bool = False) -> list[Finding]:
+    """Return everything that `rapo doctor` looks at on this machine, in order; Ray is not started.
 
-    what: str
-    found: str
-    ok: bool = True
-    mend: str = ""
-
-
-def examine() -> list[Finding]:
-    """Return everything that `rapo doctor` looks at on this machine; starts neither Ray nor a model."""
-    cpu = not has_gpu()
+    Args:
+        gpu: whether to try, too, what every run does on a GPU (`rapo_verl.run.trials`).
+    """
+    on_gpu = has_gpu()
+    cpus, *fits = _what_fits() if on_gpu else [Finding("cores", str(len(os.sched_getaffinity(0))))]
     return [
-        Finding("platform", "cpu" if cpu else "cuda"),
+        Finding("platform", "cuda" if on_gpu else "cpu"),
+        *([driver()] if on_gpu else []),
         _python(),
-        *(_version(name, pins[0 if cpu else 1]) for name, pins in VERSIONS.items()),
+        glibc(),
+        *(_version(name, pins[1 if on_gpu else 0]) for name, pins in VERSIONS.items()),
         _ray(),
         _plugin(),
         _recipes(),
+        *([*map(imports, MODULES), two_flash_attentions()] if on_gpu else []),
+        *(_trials() if gpu else []),
+        cpus,
         *_resources(),
-        *([] if cpu else [driver(), *map(imports, MODULES), two_flash_attentions(), *_cards()]),
+        *([free_memory()] if on_gpu else []),
+        *fits,
     ]
 
 
@@ -88,6 +90,17 @@ def _python() -> Finding:
     return Finding(
         "python", found, (3, 11) <= sys.version_info[:2] < (3, 13), "this project runs on Python 3.11 and 3.12"
     )
+
+
+def glibc() -> Finding:
+    """Return this system's C library: older ones load no wheel of the locks."""
+    name, version = platform.libc_ver()
+    new = name == "glibc" and tuple(map(int, version.split("."))) >= MIN_GLIBC
+    wanted = ".".join(map(str, MIN_GLIBC))
+    mend = (
+        f"the locks' wheels want glibc {wanted} (Debian 11, Ubuntu 20.04, RHEL 9): a container, requirements/rapo.def"
+    )
+    return Finding("glibc", f"{name} {version}".strip() or "none", new, mend)
 
 
 def _version(name: str, pin: str | None) -> Finding:
@@ -115,41 +128,26 @@ def _ray() -> Finding:
 
 def driver() -> Finding:
     """Return what nvidia-smi says of the driver, against CUDA 13."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    mend = "the site's: nvidia-smi must answer"
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("NVIDIA driver", str(error), False, "the site's: nvidia-smi must answer")
-    if not said or not said[0].split(".")[0].isdigit():
-        return Finding("NVIDIA driver", "nvidia-smi names none", False, "the site's: nvidia-smi must answer")
-    new = int(said[0].split(".")[0]) >= MIN_DRIVER
-    return Finding("NVIDIA driver", said[0], new, f"CUDA 13 wants {MIN_DRIVER} or newer")
+        said, rows = nvidia_smi("driver_version") or ("there is no nvidia-smi", [])
+    except TimeoutError as error:
+        return Finding("NVIDIA driver", str(error), False, mend)
+    if not rows or not rows[0][0].split(".")[0].isdigit():
+        return Finding("NVIDIA driver", f"nvidia-smi names none: {said}", False, mend)
+    new = int(rows[0][0].split(".")[0]) >= MIN_DRIVER
+    return Finding("NVIDIA driver", rows[0][0], new, f"CUDA 13 wants {MIN_DRIVER} or newer")
 
 
 def imports(module: str, mend: str = "", seconds: float = IMPORT_SECONDS) -> Finding:
-    """Return whether a module imports, tried in a process of its own, which it may crash or hang."""
-    what, mend = f"import {module}", mend or MODULES.get(module, INSTALL)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", f"import {module}"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired:
-        return Finding(what, f"not done after {seconds:.0f} s", False, mend)
-    if done.returncode == 0:
-        return Finding(what, "works")
-    missing = f"No module named '{module.split('.')[0]}'" in done.stderr
-    if missing and module in OPTIONAL:
-        return Finding(what, f"not installed; {mend}")
-    if done.returncode < 0:
-        return Finding(
-            what, f"crashes: {signal.Signals(-done.returncode).name}", False, f"built for another torch? {mend}"
-        )
-    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return Finding(what, last, False, f"built for another torch: {mend}" if "undefined symbol" in last else mend)
+    """Return whether a module imports, tried in a process of its own."""
+    mend = mend or MODULES.get(module, INSTALL)
+    found = tried(f"import {module}", [sys.executable, "-c", f"import {module}"], mend, seconds)
+    if found.ok:
+        return Finding(found.what, "works")
+    if f"No module named '{module.split('.')[0]}'" in found.found and module in OPTIONAL:
+        return Finding(found.what, f"not installed; {mend}")
+    return found
 
 
 def two_flash_attentions() -> Finding:
@@ -161,46 +159,39 @@ def two_flash_attentions() -> Finding:
     )
 
 
-def _cards() -> list[Finding]:
-    """Look at the GPUs here: free memory, and the largest of our recipes that fits them."""
+def _trials() -> list[Finding]:
     import torch
 
-    count = torch.cuda.device_count()
-    free, total = torch.cuda.mem_get_info()
-    used = "somebody's process holds the rest: nvidia-smi"
-    found = [Finding("free GPU memory", f"{gib(free)} of {gib(total)}", free > 0.95 * total, used)]
+    if count := torch.cuda.device_count():
+        return trials(count)
+    return [
+        Finding("GPU", "torch sees none", False, "nvidia-smi, and CUDA_VISIBLE_DEVICES; without a GPU leave --gpu out")
+    ]
+
+
+def free_memory() -> Finding:
+    """Return what is free on the fullest card here."""
+    mend = "somebody's process holds the rest: nvidia-smi"
     try:
-        gpu = card(None)
+        said, rows = nvidia_smi("memory.free,memory.total") or ("there is no nvidia-smi", [])
+    except TimeoutError as error:
+        return Finding("free GPU memory", str(error), False, mend)
+    cards = [(int(free) << 20, int(total) << 20) for free, total in rows if free.isdigit() and total.isdigit()]
+    if not cards:
+        return Finding("free GPU memory", said)  # MIG's slices say [N/A]
+    free, total = min(cards, key=lambda memory: memory[0] / memory[1])
+    return Finding("free GPU memory", f"{gib(free)} of {gib(total)}", free > 0.95 * total, mend)
+
+
+def _what_fits() -> list[Finding]:
+    import torch
+
+    from rapo_verl.run.fits import what_fits
+
+    try:
+        return what_fits(card(None), torch.cuda.device_count())
     except Refused as error:
-        return [*found, Finding("what fits", f"not said: {error}")]
-    return [*found, what_fits(gpu, count)]
-
-
-def what_fits(gpu: Gpu, count: int) -> Finding:
-    """Return the largest of our recipes that fits so many cards by its plan."""
-    from rapo_verl.plan.job import job_of, violations
-    from rapo_verl.plan.memory import GIB, memory
-    from rapo_verl.plan.model import shape_of
-    from rapo_verl.plan.report import misfits
-    from rapo_verl.run.compose import compose_config, experiments
-    from rapo_verl.run.preflight import cpus_needed
-
-    best: tuple[int, str] = (0, "")
-    for name in experiments():
-        if not name.startswith("qwen") or "grpo" in name:
-            continue
-        config = compose_config([f"experiment={name}"])
-        shape, job = shape_of(config.actor_rollout_ref.model.path), job_of(config, gpus=count)
-        if shape.parameters <= best[0] or violations(job, shape):
-            continue
-        if not misfits(job, memory(shape, job, gpu_bytes=gpu.memory_gib * GIB), gpu):
-            cpus = cpus_needed(config)
-            short = f"; Ray wants {cpus} CPUs" if cpus > (os.cpu_count() or 1) else ""
-            best = shape.parameters, f"{name}{short}"
-    what = f"fits {count} x {gpu.memory_gib:.0f} GiB"
-    return Finding(
-        what, best[1] or "none as it is", bool(best[1]), "rapo plan RECIPE --gpus N names the nearest that does"
-    )
+        return [Finding("CPUs for Ray", str(os.cpu_count())), Finding("what fits", f"not said: {error}")]
 
 
 def _plugin() -> Finding:
@@ -233,16 +224,10 @@ def _resources() -> list[Finding]:
     disk = shutil.disk_usage(Path.cwd()).free
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
     return [
-        Finding("cores", str(len(os.sched_getaffinity(0)))),
         Finding("free memory", gib(memory), memory >= MIN_MEMORY, f"the demo wants {gib(MIN_MEMORY)}"),
         Finding("free /dev/shm", gib(shm), shm >= MIN_SHM, "weights and Ray's objects travel through it: enlarge it"),
         Finding("free disk here", gib(disk), disk >= MIN_DISK, "checkpoints need room"),
     ]
-
-
-def gib(count: int) -> str:
-    """Return a number of bytes in words."""
-    return f"{count / (1 << 30):.1f} GiB"
 
 
 def installed(names: Iterable[str]) -> dict[str, str]:
@@ -252,13 +237,3 @@ def installed(names: Iterable[str]) -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def print_findings(findings: list[Finding]) -> None:
-    """Print a table, what is wrong last and with how to mend it."""
-    table = Table("", "what", "found", "to mend")
-    for finding in sorted(findings, key=lambda finding: not finding.ok):
-        mark, mend = ("ok", "") if finding.ok else ("[red]WRONG[/red]", finding.mend)
-        table.add_row(mark, finding.what, finding.found, mend)
-    # In a job's log nothing tells a width, and 80 columns would fold the table.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
