@@ -83,13 +83,8 @@ def mean_band(
     every distribution is proved for two values and conjectured otherwise; the slow test simulates it where a bootstrap
     fails, on few problems and on rates of which a few decide the mean (docs/evaluating.md has the figures).
 
-    Args:
-        correct: as for `pass_at_k`.
-        n: likewise.
-        ks: the K numbers of attempts.
-        level: probability content of each interval, in (0, 1).
-        draws: of the weights.
-        seed: of the weights.
+    ``correct`` and ``n`` are as for `pass_at_k`, ``level`` is the probability content of each interval, in (0, 1), and
+    ``draws`` and ``seed`` are those of the weights.
     """
     values = np.stack([pass_at_k(correct, n, k) for k in ks], axis=1)
     _check_draws(level, draws)
@@ -126,14 +121,7 @@ def paired_difference(
 
     Where no problem tells the two apart, the interval is the exact bound on what P problems may have missed.
 
-    Args:
-        correct_a: right samples of the first model (P,).
-        correct_b: of the second on the same problems in the same order, out of the same n.
-        n: as for `mean_band`, and so are the rest.
-        ks: numbers of attempts.
-        level: probability content.
-        draws: of the bootstrap.
-        seed: of the bootstrap.
+    Both have (P,) counts on the same problems in the same order, out of the same n; the rest is as for `mean_band`.
     """
     a, sizes = _checked(correct_a, n, ks)
     b, _ = _checked(correct_b, n, ks)

@@ -83,11 +83,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2ForCau
 def random_checkpoint(shape: str, out_dir: Path, *, layers: int | None = None, device: str = "cpu") -> None:
     """Write a checkpoint of a published shape with random bf16 weights and the byte-level tokenizer.
 
-    Args:
-        shape: a name of `rapo_verl.plan.model.PUBLISHED`; its vocabulary is wider than the tokenizer's, as Qwen's is.
-        out_dir: new folder.
-        layers: only so many of the shape's.
-        device: where the weights are drawn: 3B take seconds on a GPU and minutes on a processor.
+    The shape is a name of `rapo_verl.plan.model.PUBLISHED`, or the first ``layers`` of it; its vocabulary is wider than
+    the tokenizer's, as Qwen's is. Weights are drawn on ``device``: 3B take seconds on a GPU, minutes on a processor.
     """
     tokenizer, config = build_tokenizer(), config_of(shape)
     config.architectures = ["Qwen2ForCausalLM"]

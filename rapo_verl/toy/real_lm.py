@@ -30,13 +30,7 @@ EXAMPLES: Final = (
 def make_real_lm(out: Path, *, model: str | None, seed: int) -> None:
     """Write train.parquet, eval.parquet and model/ to ``out``; a model that is there is kept.
 
-    Args:
-        out: folder.
-        model: checkpoint folder or hub id, which model/ will point to; None: made of the package.
-        seed: of the problems.
-
-    Raises:
-        Refused: no such model, or the package is not installed.
+    The model is a checkpoint folder or hub id, which model/ will point to; None: made of the package.
     """
     out.mkdir(parents=True, exist_ok=True)
     folder = out / MODEL_DIR
@@ -70,11 +64,7 @@ def row(index: int, problem: WordProblem, seed: int) -> dict[str, Any]:
 
 
 def package_file() -> Path:
-    """Return the GGUF file of the installed package.
-
-    Raises:
-        Refused: it is not installed, or cannot be read without `gguf`.
-    """
+    """Return the GGUF file of the installed package; Refused where it is not, or cannot be read without `gguf`."""
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations or find_spec("gguf") is None:
         raise Refused(

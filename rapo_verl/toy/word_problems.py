@@ -91,13 +91,7 @@ def split_of(family: str, numbers: list[int]) -> Split:
 def word_problems(split: Split, count: int, *, seed: int) -> list[WordProblem]:
     """Return problems, families in turn, no question twice.
 
-    Args:
-        split: "train" or "eval".
-        count: how many; the smallest family has about 80 training and 20 evaluation problems.
-        seed: of all that is drawn.
-
-    Raises:
-        ValueError: more problems than there are.
+    The smallest family has about 80 training and 20 evaluation problems: more than there are is a ValueError.
     """
     rng = random.Random(f"{split} {seed}")
     seen: set[str] = set()
