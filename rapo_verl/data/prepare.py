@@ -202,17 +202,22 @@ def _to_parquet(problems: list[Problem], name: str, source_sha: str, prompt: str
     with pq.ParquetWriter(buffer, SCHEMA) as writer:
         for some in chunks(problems, "writing", _ROW_GROUP):
             rows = [
-                {
-                    "data_source": name,
-                    "prompt": messages(p.question, prompt),
-                    "ability": "math",
-                    "reward_model": {"style": "rule", "ground_truth": p.answer},
-                    "extra_info": {**p._asdict(), "index": next(index), "source_sha256": source_sha},
-                }
+                verl_row(
+                    name,
+                    messages(p.question, prompt),
+                    p.answer,
+                    {**p._asdict(), "index": next(index), "source_sha256": source_sha},
+                )
                 for p in some
             ]
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
     return buffer.getvalue()
+
+
+def verl_row(source: str, turns: list[dict[str, str]], answer: str, extra: dict[str, Any]) -> dict[str, Any]:
+    """Return a problem as a row of SCHEMA."""
+    judged = {"style": "rule", "ground_truth": answer}
+    return {"data_source": source, "prompt": turns, "ability": "math", "reward_model": judged, "extra_info": extra}
 
 
 def card_markdown(card: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from rapo_verl import Refused
 from rapo_verl.data.chat import end_of_turn
-from rapo_verl.data.prepare import SCHEMA
+from rapo_verl.data.prepare import SCHEMA, verl_row
 from rapo_verl.run.export import resolve_model
 from rapo_verl.toy.make import EVAL_FILE, MODEL_DIR, TRAIN_FILE
 from rapo_verl.toy.word_problems import Split, WordProblem, word_problems
@@ -51,16 +51,9 @@ def make_real_lm(out: Path, *, model: str | None, seed: int) -> None:
 def row(index: int, problem: WordProblem, seed: int) -> dict[str, Any]:
     """Return a problem as a row of veRL's layout, the examples as turns before its question."""
     turns = [{"role": role, "content": text} for pair in EXAMPLES for role, text in zip(("user", "assistant"), pair)]
-    return {
-        "data_source": "word-problems",
-        "prompt": [*turns, {"role": "user", "content": problem.question}],
-        "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": problem.answer},
-        "extra_info": {
-            "index": index, "id": f"{seed}-{problem.id}", "row": index, "level": problem.level,
-            "subject": problem.family, "source_sha256": None,
-        },
-    }  # fmt: skip
+    extra = {"index": index, "id": f"{seed}-{problem.id}", "row": index, "level": problem.level}
+    turns.append({"role": "user", "content": problem.question})
+    return verl_row("word-problems", turns, problem.answer, extra | {"subject": problem.family})
 
 
 def package_file() -> Path:
