@@ -112,13 +112,12 @@ def _json_rows(path: Path) -> Iterator[Any]:
 def read_hub(name: str) -> tuple[list[Record], str]:
     """Return the rows of a set of `HUB` from the hub or its local cache, and the sha256 of their canonical JSON."""
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError
 
     source = HUB[name]
     files = source.file and {source.split: source.file}
     try:
         records = datasets.load_dataset(source.repository, split=source.split, data_files=files).to_list()
-    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise Refused(
             f"{name}: {source.repository} is not to be had from the hub or its cache ({error}); set HF_ENDPOINT to "
             "a mirror, HF_HOME to a cache, or give a local file instead of the name"

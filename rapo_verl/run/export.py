@@ -10,6 +10,7 @@ from pathlib import Path
 from rapo_verl import Refused
 from rapo_verl.run.checkpoints import read_checkpoints
 from rapo_verl.run.files import file_sha256
+from rapo_verl.run.inputs import may_be_hub_id
 from rapo_verl.run.names import CHECKPOINTS_DIR
 
 # Files of a checkpoint that decide what it says.
@@ -40,14 +41,13 @@ def resolve_model(model: str) -> Path:
     if folder.is_dir():
         export = exported(folder)
         return export or (merge(folder) if _backend(folder) else folder)
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if not may_be_hub_id(model):
         raise Refused(f"model {model} does not exist; give a checkpoint folder or a hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, allow_patterns=list(_MODEL_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # the hub's errors are
         raise Refused(f"model {model} is neither a folder here nor to be had from the hub ({error})") from error
 
 

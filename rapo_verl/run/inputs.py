@@ -22,6 +22,11 @@ def files_of(config: DictConfig, key: str) -> list[Path]:
     return [Path(str(file)).expanduser() for file in (files if isinstance(files, list | ListConfig) else [files])]
 
 
+def may_be_hub_id(model: str) -> bool:
+    """Return whether a model that is no folder here is named as the hub names one: owner/name."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+
+
 def problems_of_model(path: str) -> list[str]:
     """Return why this is no model to start from; a hub's is asked for its config."""
     if Path(path).exists():
@@ -30,17 +35,16 @@ def problems_of_model(path: str) -> list[str]:
             f"actor_rollout_ref.model.path {path} is no Hugging Face checkpoint: it lacks {', '.join(missing)}; "
             "give a folder with model, config and tokenizer, or a hub id"
         ] * bool(missing)
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not may_be_hub_id(path):
         return [
             f"actor_rollout_ref.model.path {path} does not exist; give a checkpoint folder or a hub id (owner/name). "
             "The toy's is made by `rapo toy make`"
         ]
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         hf_hub_download(path, "config.json")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # the hub's errors are
         return [
             f"actor_rollout_ref.model.path {path} is neither a folder here nor to be had from the hub "
             f"({type(error).__name__}); check the name, your token and the network, or download it first"
