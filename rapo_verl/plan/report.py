@@ -82,11 +82,7 @@ def _on_the_gpus(job: Job) -> Job:
 def show_plan(
     config: DictConfig, *, gpu: str | None = None, gpus: int | None = None, response: int = 1000, as_json: bool = False
 ) -> bool:
-    """Print the plan of a config as tables or JSON and return whether it fits.
-
-    Raises:
-        Refused: an unknown card, or a model whose shape is not to be had.
-    """
+    """Print the plan of a config as tables or JSON and return whether it fits; Refused for a card that is not known."""
     made = plan(config, card(gpu), gpus=gpus, assumed=Assumed(response=response))
     if as_json:
         told = {**asdict(made), "fits": made.fits, "step_seconds": made.cost.step}
