@@ -23,8 +23,9 @@ $(GPU_VENV)/.installed: requirements/gpu.txt requirements/install.sh pyproject.t
 	@requirements/install.sh $(PYTHON) $(GPU_VENV) requirements/gpu.txt
 	@touch $@
 
+# By file on two processes: the trainings of test_runs.py beside everything else.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(VENV)/bin/python -m pytest -m slow

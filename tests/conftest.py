@@ -6,6 +6,8 @@ import torch
 
 os.environ.setdefault("VERL_PLATFORM", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Ray gives its workers a niceness of 15: on a machine that does anything else they would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,8 @@ def toy_dir(tmp_path_factory) -> Path:
     torch.set_num_threads(1)
     base_model.pretrain(world, folder / make.MODEL_DIR, seed=0, steps=60, batch_size=48, progress=False)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the trainings, which take longest: the other processes of `make test` do the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_runs.py")

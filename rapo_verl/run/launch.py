@@ -47,6 +47,8 @@ def _child_environment(config: DictConfig, run_dir: Path, step: int) -> dict[str
         # One unbound thread each: as fast for small models, and two runs on a machine do not spin against each other.
         env.setdefault("OMP_NUM_THREADS", "1")
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # vLLM would have a C++ compiler build one function that counts ranks: seconds of each start.
+        env.setdefault("TORCHDYNAMO_DISABLE", "1")
     return env
 
 

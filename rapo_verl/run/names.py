@@ -32,6 +32,8 @@ RESUME_VARIABLE = "RAPO_RESUME_STEP"
 STOP_FILE_VARIABLE = "RAPO_STOP_FILE"
 DEADLINE_VARIABLE = "RAPO_DEADLINE"
 STATE_VARIABLE = "RAPO_STATE"
+# "0": each process of a run on a CPU imports for itself (rapo_verl/training/fork_server.py).
+FORK_SERVER_VARIABLE = "RAPO_FORK_SERVER"
 # What every process of a run, on every node, must see.
 PROCESS_VARIABLES = (
     "VERL_PLATFORM",
