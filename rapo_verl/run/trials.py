@@ -165,3 +165,4 @@ TRIALS: dict[str, Callable[[str], str]] = {"matmul": matmul, "kernel": kernel, "
 if __name__ == "__main__":
     if said := TRIALS[sys.argv[1]](sys.argv[2]):
         print(said, flush=True)
+    os._exit(0)  # what libraries still do and say as a process ends is no part of the trial

@@ -25,8 +25,8 @@ from rapo_verl.toy.world import World
 
 SHAPE = "Qwen/Qwen2.5-0.5B"
 STEPS, PROBLEMS, SAMPLES = 3, 4, 4
-# The one-GPU recipe, made short: few and short responses, few processes, no CUDA graphs, which take longer to make than
-# this run to end.
+# The one-GPU recipe, made short: few and short responses, few processes, a small cache that any card has room for, and
+# neither torch.compile nor CUDA graphs in vLLM, which take longer to make than this run to end.
 ON_A_GPU = (
     "data.train_batch_size=32",
     "data.max_prompt_length=64",
@@ -35,12 +35,15 @@ ON_A_GPU = (
     "actor_rollout_ref.actor.ppo_mini_batch_size=16",
     "actor_rollout_ref.rollout.max_model_len=192",
     "actor_rollout_ref.rollout.enforce_eager=true",
+    "actor_rollout_ref.rollout.gpu_memory_utilization=0.2",
     "actor_rollout_ref.rollout.agent.num_workers=1",
     "reward.num_workers=1",
     "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
     "+trainer.v1.sampler.sampler_kwargs.poll_interval=0.2",
-    "+ray_kwargs.ray_init.include_dashboard=false",
 )
+# FlashInfer's sampler is compiled as vLLM starts, where there is a compiler, and then not used by requests with a seed.
+# Nothing is downloaded: without a network each look-up would wait.
+ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1"}
 # Of veRL's timings, in the order of a step.
 TIMINGS = ("gen", "old_log_prob", "ref", "update_actor", "update_weights", "save_checkpoint", "step")
 
@@ -60,8 +63,8 @@ def smoke(out: Path, overrides: list[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix=time.strftime("%m%d-%H%M%S-"), dir=out)).absolute()
     folder.chmod(0o755)
     start, device = time.monotonic(), "cuda" if has_gpu() else "cpu"
-    if device == "cuda" and not imports("flashinfer").ok:
-        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # else vLLM's worker dies as it makes its sampler
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     chosen = [*smoke_overrides(folder, device), *overrides]
     experiment = "qwen2.5_0.5b_1gpu" if device == "cuda" else "toy_rapo_cpu"
     try:
