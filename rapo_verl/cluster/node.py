@@ -15,9 +15,8 @@ from typing import Any
 
 import psutil
 
-from rapo_verl.cluster.all_reduce import try_links
 from rapo_verl.cluster.board import Board
-from rapo_verl.cluster.checks import check_node, disagreements
+from rapo_verl.cluster.checks import check_node, disagreements, try_links
 from rapo_verl.cluster.facts import Facts
 from rapo_verl.cluster.ray_node import (
     SMOKE,
