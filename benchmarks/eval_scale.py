@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rapo_verl.evaluation.spec import Plan, Problem, Sampling
+from rapo_verl.evaluation.spec import Problem, Sampling, SamplingPlan
 from rapo_verl.evaluation.store import Samples, Store
 
 # Fifty made-up words, drawn evenly.
@@ -35,7 +35,7 @@ def synthetic(folder: Path, model: int, draw: int, args: argparse.Namespace) -> 
         Problem(f"p{i}", f"set{i % 2}", f"set{i % 2}", str(gold[i]), ({"role": "user", "content": f"Problem {i}?"},))
         for i in range(args.problems)
     )
-    plan = Plan(
+    plan = SamplingPlan(
         model=f"{model:064d}",
         data={},
         problems=problems,

@@ -4,7 +4,7 @@ import asyncio
 import random
 
 from rapo_verl.evaluation.generate import Draw, EngineLostError, generate
-from rapo_verl.evaluation.spec import Plan, Problem, Sampling
+from rapo_verl.evaluation.spec import Problem, Sampling, SamplingPlan
 from rapo_verl.evaluation.store import Samples, Store
 
 PROBLEMS, N, SHARD = 12, 117, 6  # the last shard of a problem is smaller
@@ -18,7 +18,7 @@ def plan(**changes):
         "prompts": tuple((i,) for i in range(PROBLEMS)), "n": N, "draw": 1, "sampling": Sampling(max_tokens=8),
         "shard": SHARD, "versions": {},
     }  # fmt: skip
-    return Plan(**(fields | changes))
+    return SamplingPlan(**(fields | changes))
 
 
 def draw(folder, **changes):

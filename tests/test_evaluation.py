@@ -16,7 +16,7 @@ from stub_evaluation import PROBLEMS, SHARD, N, StubEngine, answer, draw, plan, 
 
 from rapo_verl import Failed, Refused
 from rapo_verl.evaluation import engines
-from rapo_verl.evaluation.spec import Plan, Sampling
+from rapo_verl.evaluation.spec import Sampling, SamplingPlan
 from rapo_verl.evaluation.store import ShardError, Store, read_stated
 
 SHARDS = PROBLEMS * -(-N // SHARD)
@@ -199,7 +199,9 @@ def test_no_two_samples_of_any_draws_share_a_seed():
 
 
 def test_seeds_too_close_are_refused(monkeypatch):
-    monkeypatch.setattr(Plan, "_seed", lambda self, problem, first: problem * 10_000 + first // SHARD * (SHARD - 1))
+    monkeypatch.setattr(
+        SamplingPlan, "_seed", lambda self, problem, first: problem * 10_000 + first // SHARD * (SHARD - 1)
+    )
     with pytest.raises(Refused, match="would share seeds"):
         plan()
 

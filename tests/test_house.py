@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,23 @@ def test_room_opens_with_what_lives_there(room):
 
 def test_top_floor_holds_rooms_only():
     assert [path.name for path in LIBRARY.glob("*.py")] == ["__init__.py"]
+
+
+# Two sides of one thing: its mathematics and its file, its rule and its place in a trainer, its work and its command.
+PAIRS = {"alarms", "figures", "head", "reference_answers", "verify"}
+
+
+def test_one_name_is_one_thing():
+    files = [path for path in LIBRARY.rglob("*.py") if not path.stem.startswith("__")]
+    modules = Counter(path.stem for path in files)
+    assert {name for name, count in modules.items() if count > 1} <= PAIRS
+    classes = Counter(
+        node.name
+        for path in files
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in classes.items() if count > 1] == []
 
 
 def test_no_module_has_more_than_300_lines():

@@ -49,7 +49,7 @@ _LABEL = re.compile(r"\s*\(?([A-Ja-j]) ?[).:]\s*")
 _LABELS = re.compile(r"(?<![A-Za-z])([A-Ja-j]) ?[).:]")
 
 
-class Problem(NamedTuple):
+class Row(NamedTuple):
     """One row as its source gave it, columns renamed."""
 
     row: int  # position in the source, from 0
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
     fault: tuple[str, str] | None = None
 
 
-def to_problems(records: Iterable[Record], name: str) -> tuple[list[Problem], Counter[str]]:
+def to_problems(records: Iterable[Record], name: str) -> tuple[list[Row], Counter[str]]:
     """Return the problems of rows, and how many rows have which layout."""
     layouts: Counter[str] = Counter()
     problems = list(_problems(records, name, layouts))
@@ -73,7 +73,7 @@ def to_problems(records: Iterable[Record], name: str) -> tuple[list[Problem], Co
     return problems, layouts
 
 
-def _problems(records: Iterable[Record], name: str, layouts: Counter[str]) -> Iterator[Problem]:
+def _problems(records: Iterable[Record], name: str, layouts: Counter[str]) -> Iterator[Row]:
     for row, record in enumerate(records):
         # Small letters win where two columns differ in case alone.
         record = {str(key).lower(): record[key] for key in sorted(record, key=str)}
@@ -84,7 +84,7 @@ def _problems(records: Iterable[Record], name: str, layouts: Counter[str]) -> It
             layouts[", ".join(pair)] += 1
             question, answer = _question_and_answer(record, *pair)
         except RowError as error:
-            yield Problem(row, _identity(record) or f"{name}-{row}", "", "", fault=error.fault)
+            yield Row(row, _identity(record) or f"{name}-{row}", "", "", fault=error.fault)
             continue
         extra = record.get("extra_info") if "reward_model" in record else None
         facts = record | extra if isinstance(extra, dict) else record
@@ -92,7 +92,7 @@ def _problems(records: Iterable[Record], name: str, layouts: Counter[str]) -> It
         identity = _identity(facts) or f"{name}-{hashlib.sha256(question.encode('utf-8', 'replace')).hexdigest()[:12]}"
         level = _LEVEL.fullmatch(str(facts.get("level")))
         subject = next((value for key in _SUBJECTS if isinstance(value := facts.get(key), str) and value), None)
-        yield Problem(row, identity, question, answer, int(level[1]) if level else None, subject and _intact(subject))
+        yield Row(row, identity, question, answer, int(level[1]) if level else None, subject and _intact(subject))
 
 
 @lru_cache

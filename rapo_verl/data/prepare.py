@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from rapo_verl import Refused
 from rapo_verl.data.chat import PROMPTS, load_tokenizer, messages, render
-from rapo_verl.data.layouts import Problem, to_problems
+from rapo_verl.data.layouts import Row, to_problems
 from rapo_verl.data.overlap import HeldOut
 from rapo_verl.data.sources import HUB, iter_records, read_hub
-from rapo_verl.data.validate import Checked, Finding, bar, check_problems, chunks, first_of_each_kind, listed
+from rapo_verl.data.validate import Checked, RowFinding, bar, check_problems, chunks, first_of_each_kind, listed
 from rapo_verl.reward import Verifier, VerifierSettings, shared_verifier
 from rapo_verl.run.files import file_sha256, write_atomic
 
@@ -145,7 +145,7 @@ def prepare(
     return target
 
 
-def _told(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+def _told(findings: Sequence[RowFinding]) -> list[dict[str, Any]]:
     return [{"row": f.row, "id": f.id, "reason": f.reason} for f in first_of_each_kind(findings, _CARD_SHOWN)]
 
 
@@ -176,7 +176,7 @@ def _check_left(checked: Checked, source: str, name: str, plain: str) -> None:
         raise Refused(f"{source}: {rows} problems; {name} has {whole}. Name a part otherwise: --name {name}-part")
 
 
-def _with_own_ids(problems: list[Problem]) -> list[Problem]:
+def _with_own_ids(problems: list[Row]) -> list[Row]:
     """Return the problems, an id that several share followed by a hash of the question."""
     count = Counter(problem.id for problem in problems)
     return [
@@ -185,19 +185,19 @@ def _with_own_ids(problems: list[Problem]) -> list[Problem]:
     ]
 
 
-def _token_counter(model: str | None, prompt: str) -> Callable[[Sequence[Problem]], list[int]] | None:
+def _token_counter(model: str | None, prompt: str) -> Callable[[Sequence[Row]], list[int]] | None:
     tokenizer = load_tokenizer(model)
     if tokenizer is None:
         return None
 
-    def count(problems: Sequence[Problem]) -> list[int]:
+    def count(problems: Sequence[Row]) -> list[int]:
         texts = [render(messages(problem.question, prompt), tokenizer) for problem in problems]
         return list(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
     return count
 
 
-def _to_parquet(problems: list[Problem], name: str, source_sha: str, prompt: str) -> bytes:
+def _to_parquet(problems: list[Row], name: str, source_sha: str, prompt: str) -> bytes:
     buffer, index = io.BytesIO(), itertools.count()
     with pq.ParquetWriter(buffer, SCHEMA) as writer:
         for some in chunks(problems, "writing", _ROW_GROUP):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from rapo_verl.data.chat import prompt_mark
-from rapo_verl.data.layouts import Problem
+from rapo_verl.data.layouts import Row
 from rapo_verl.data.overlap import HeldOut, aime_keys, normalized
 from rapo_verl.reward import Verdict, Verifier
 from rapo_verl.reward.answer import normalize, parse_integer
@@ -34,7 +34,7 @@ _MAX_LETTERS = 0.2
 Fault = tuple[str, str]
 
 
-class Finding(NamedTuple):
+class RowFinding(NamedTuple):
     """One problem of one row: what kind it is, and what of it is this row's own."""
 
     row: int
@@ -54,12 +54,12 @@ class Finding(NamedTuple):
 class Checked(NamedTuple):
     """What is left of a file, what was left out, and what is wrong enough to refuse the file."""
 
-    kept: list[Problem]
-    dropped: list[Finding]
-    refused: list[Finding]
-    suspect: list[Finding]
+    kept: list[Row]
+    dropped: list[RowFinding]
+    refused: list[RowFinding]
+    suspect: list[RowFinding]
     # Right answers that math-verify reads as text only: they are right only in the same words.
-    text_answers: list[Problem]
+    text_answers: list[Row]
 
 
 def bar(items: Iterable, what: str, total: int | None = None) -> tqdm:
@@ -76,13 +76,13 @@ def chunks(items: list, what: str, size: int = 4096) -> Iterator[list]:
 
 
 def check_problems(
-    problems: list[Problem],
+    problems: list[Row],
     *,
     aime: bool,
     evaluation: bool,
     against: HeldOut,
     drop_overlap: bool,
-    count_tokens: Callable[[Sequence[Problem]], list[int]] | None,
+    count_tokens: Callable[[Sequence[Row]], list[int]] | None,
     max_prompt_tokens: int,
     verifier: Verifier,
 ) -> Checked:
@@ -97,10 +97,10 @@ def check_problems(
     With ``aime``, answers must be integers in 0..999, and are made canonical ("025" and "336^\circ" circulate).
     ``count_tokens`` counts those of rendered prompts; None: not checked.
     """
-    refused: list[Finding] = []
-    dropped: list[Finding] = []
-    suspect: list[Finding] = []
-    kept: list[Problem] = []
+    refused: list[RowFinding] = []
+    dropped: list[RowFinding] = []
+    suspect: list[RowFinding] = []
+    kept: list[Row] = []
     for problem in bar(problems, "checking questions"):
         refused += _findings(problem, _corruptions(problem))
         suspect += _findings(problem, _suspicions(problem))
@@ -121,7 +121,7 @@ def check_problems(
         for problem in bar(kept, "comparing with --against"):
             where = against.find(problem.question)
             overlapping += _findings(problem, [("overlap: is also ", where)] if where else [])
-    texts: list[Problem] = []
+    texts: list[Row] = []
     if not refused:
         # These take longest, and a refused file is not asked about further.
         unanswerable, texts = _judge(kept, verifier)
@@ -136,24 +136,24 @@ def check_problems(
     return Checked(kept, sorted(dropped), sorted(refused), sorted(suspect), texts)
 
 
-def first_of_each_kind(findings: Iterable[Finding], most: int) -> list[Finding]:
+def first_of_each_kind(findings: Iterable[RowFinding], most: int) -> list[RowFinding]:
     """Return the first ``most`` findings of each kind: a fault of a whole file is one of every row."""
     seen: Counter[str] = Counter()
     return [finding for finding in findings if not seen.update([finding.kind]) and seen[finding.kind] <= most]
 
 
-def listed(findings: Sequence[Finding], most: int) -> list[str]:
+def listed(findings: Sequence[RowFinding], most: int) -> list[str]:
     """Return a line for each of the first ``most`` findings of a kind, and one for how many more of it there are."""
     more = Counter(finding.kind for finding in findings)
     lines = [str(finding) for finding in first_of_each_kind(findings, most)]
     return lines + [f"{count - most} more rows: {kind.strip()}" for kind, count in more.items() if count > most]
 
 
-def _findings(problem: Problem, faults: Iterable[Fault]) -> list[Finding]:
-    return [Finding(problem.row, problem.id, *fault) for fault in faults]
+def _findings(problem: Row, faults: Iterable[Fault]) -> list[RowFinding]:
+    return [RowFinding(problem.row, problem.id, *fault) for fault in faults]
 
 
-def _absences(problem: Problem) -> Iterator[Fault]:
+def _absences(problem: Row) -> Iterator[Fault]:
     """Yield why there is nothing to ask or to compare with."""
     if problem.fault is not None:
         yield problem.fault
@@ -163,7 +163,7 @@ def _absences(problem: Problem) -> Iterator[Fault]:
         yield "empty question", ""
 
 
-def _corruptions(problem: Problem) -> Iterator[Fault]:
+def _corruptions(problem: Row) -> Iterator[Fault]:
     """Yield what no intact file has."""
     for name, text in (("question", problem.question), ("answer", problem.answer)):
         lost = sorted({f"U+{ord(character):04X}" for character in _LOST.findall(text)})
@@ -178,7 +178,7 @@ def _corruptions(problem: Problem) -> Iterator[Fault]:
         yield "question is a prompt already; it would be wrapped twice: give the bare question", f" (has {mark!r})"
 
 
-def _suspicions(problem: Problem) -> Iterator[Fault]:
+def _suspicions(problem: Row) -> Iterator[Fault]:
     """Yield what is almost surely damage, but made of characters that text may have."""
     eaten = sorted({f"U+{ord(match[0][0]):04X} before {match[0][1:]!r}" for match in _EATEN.finditer(problem.question)})
     if eaten:
@@ -193,7 +193,7 @@ def _named(identity: str) -> str | None:
     return match and f"{match[1]}-{_CONTEST.get(match[2], match[2])}-{int(match[3])}"
 
 
-def _canonical_aime(problem: Problem) -> tuple[Problem, list[Fault]]:
+def _canonical_aime(problem: Row) -> tuple[Row, list[Fault]]:
     value = parse_integer(_DEGREES.sub("", normalize(problem.answer)))
     if value is None or not 0 <= value <= 999:
         return problem, [("answer is no integer in 0..999, as every AIME answer is", f": {problem.answer!r}")]
@@ -206,10 +206,10 @@ def _canonical_aime(problem: Problem) -> tuple[Problem, list[Fault]]:
 
 
 def _without_duplicates(
-    problems: list[Problem], verifier: Verifier
-) -> tuple[list[Problem], list[Finding], list[Finding]]:
+    problems: list[Row], verifier: Verifier
+) -> tuple[list[Row], list[RowFinding], list[RowFinding]]:
     """Return each question's first problem, its copies, and what cannot be told since the answers differ."""
-    groups: dict[str, list[Problem]] = defaultdict(list)
+    groups: dict[str, list[Row]] = defaultdict(list)
     for problem in problems:
         groups[problem.question.strip()].append(problem)
     kept, copies, contradictions = [], [], []
@@ -220,26 +220,26 @@ def _without_duplicates(
         verdicts = verifier.verify_many(boxes, [first.answer] * len(boxes)) if boxes else []
         if all(verdict is Verdict.correct for verdict, _ in verdicts):
             kept.append(first)
-            copies += [Finding(p.row, p.id, "same question", f" as row {first.row}") for p in others]
+            copies += [RowFinding(p.row, p.id, "same question", f" as row {first.row}") for p in others]
         else:
             answers = ", ".join(repr(answer) for answer in dict.fromkeys(p.answer for p in group))
             detail = f" ({answers}), rows {', '.join(str(p.row) for p in group)}"
-            contradictions += [Finding(p.row, p.id, "one question with different answers", detail) for p in group]
+            contradictions += [RowFinding(p.row, p.id, "one question with different answers", detail) for p in group]
     return kept, copies, contradictions
 
 
-def _near_duplicates(problems: list[Problem]) -> list[Finding]:
+def _near_duplicates(problems: list[Row]) -> list[RowFinding]:
     """Return the problems that differ from an earlier one only in spaces, case or punctuation."""
     seen: dict[int, int] = {}
     findings = []
     for problem in problems:
         first = seen.setdefault(hash(normalized(problem.question)), problem.row)
         if first != problem.row:
-            findings.append(Finding(problem.row, problem.id, "same question but for punctuation", f" as row {first}"))
+            findings += _findings(problem, [("same question but for punctuation", f" as row {first}")])
     return findings
 
 
-def _letters_of_no_choices(problems: list[Problem]) -> list[Finding]:
+def _letters_of_no_choices(problems: list[Row]) -> list[RowFinding]:
     letters = [
         p
         for p in problems
@@ -248,21 +248,19 @@ def _letters_of_no_choices(problems: list[Problem]) -> list[Finding]:
     if len(letters) <= _MAX_LETTERS * len(problems):
         return []
     kind = "answer is the letter of a choice that the question does not show; the file has lost its choices"
-    return [Finding(p.row, p.id, kind, f" ({p.answer})") for p in letters]
+    return [RowFinding(p.row, p.id, kind, f" ({p.answer})") for p in letters]
 
 
-def _too_long(
-    problems: list[Problem], count_tokens: Callable[[Sequence[Problem]], list[int]], most: int
-) -> list[Finding]:
+def _too_long(problems: list[Row], count_tokens: Callable[[Sequence[Row]], list[int]], most: int) -> list[RowFinding]:
     return [
-        Finding(p.row, p.id, f"prompt has more than {most} tokens", f": {count}")
+        RowFinding(p.row, p.id, f"prompt has more than {most} tokens", f": {count}")
         for some in chunks(problems, "counting tokens")
         for p, count in zip(some, count_tokens(some))
         if count > most
     ]
 
 
-def _judge(problems: list[Problem], verifier: Verifier) -> tuple[list[Finding], list[Problem]]:
+def _judge(problems: list[Row], verifier: Verifier) -> tuple[list[RowFinding], list[Row]]:
     """Return the problems whose answer is not found right in a box, and those whose answer is compared as text."""
     kinds: dict[str, str] = {}
     verdicts: dict[str, Verdict] = {}

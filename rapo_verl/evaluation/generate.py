@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from rapo_verl import Failed
-from rapo_verl.evaluation.spec import Plan, Sampling, Shard
+from rapo_verl.evaluation.spec import Sampling, SamplingPlan, Shard
 from rapo_verl.evaluation.store import Samples, Store
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ Fleet = Callable[[Sequence[Engine]], list[Engine]]
 class Draw:
     """A plan, its folder, and which of its shards this process makes: the i-th of ``count`` parts."""
 
-    plan: Plan
+    plan: SamplingPlan
     store: Store
     part: tuple[int, int] = (0, 1)
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from rapo_verl.evaluation.generate import Draw, Fleet, generate
 from rapo_verl.evaluation.prompts import load_prompts
-from rapo_verl.evaluation.spec import SHARD, Plan, Sampling, read_problems
+from rapo_verl.evaluation.spec import SHARD, Sampling, SamplingPlan, read_problems
 from rapo_verl.run.doctor import installed
 from rapo_verl.run.export import checkpoint_of, model_sha256, resolve_model
 from rapo_verl.run.folder import git_commit
@@ -30,7 +30,7 @@ def read_plan(
     draw: int = 1,
     shard: int = SHARD,
     limit: int | None = None,
-) -> Plan:
+) -> SamplingPlan:
     """Return what is to be sampled; Refused is anything that generation would fail on.
 
     The model is anything that `resolve_model` takes; its end tokens are added to the stop ids. Files are veRL parquet;
@@ -41,7 +41,7 @@ def read_plan(
     folder = resolve_model(model)
     prompts, ends = load_prompts(folder, problems, sampling.max_tokens)
     stops = tuple(sorted({*sampling.stop_token_ids, *ends}))
-    return Plan(
+    return SamplingPlan(
         model=model_sha256(folder),
         data=data,
         problems=problems,

@@ -69,7 +69,7 @@ class Shard(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """One draw of n samples of each problem from one model.
 
     Attributes:

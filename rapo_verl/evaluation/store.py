@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rapo_verl import Refused
-from rapo_verl.evaluation.spec import FORMAT, Plan, Shard
+from rapo_verl.evaluation.spec import FORMAT, SamplingPlan, Shard
 from rapo_verl.run.files import write_atomic
 from rapo_verl.run.lock import NoLocksHereError, held
 
@@ -88,7 +88,7 @@ class Store:
     problems: list[dict[str, Any]]
 
     @classmethod
-    def create(cls, folder: Path, plan: Plan) -> "Store":
+    def create(cls, folder: Path, plan: SamplingPlan) -> "Store":
         """Return the folder of a plan, made if need be; Refused if it holds samples of another."""
         path = folder / MANIFEST_FILE
         if path.exists():

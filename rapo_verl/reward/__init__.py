@@ -1,6 +1,6 @@
 r"""What an answer is worth: the last ``\boxed{}`` against the right one, in processes that may die. No veRL in here.
 
-`answer` finds and cleans text, `reading` takes it apart, `formula` and `equality` compare, `worker` does so in a
+`answer` finds and cleans text, `reading` takes it apart, `formula` and `equality` compare, `nursery` does so in a
 process that may be killed, `pool` keeps such processes, `verify` ties them, `function` is the reward that veRL calls.
 """
 

@@ -1,4 +1,4 @@
-"""Whether two answers are equal, part by part. May hang or run out of memory: `worker` runs it."""
+"""Whether two answers are equal, part by part. May hang or run out of memory: `nursery` runs it."""
 
 import re
 from itertools import pairwise

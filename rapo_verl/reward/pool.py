@@ -17,14 +17,14 @@ _START_TIMEOUT = 120.0
 
 
 class _Nursery:
-    """The process that forks workers (`worker`); one per pool, replaced if it dies."""
+    """The process that forks workers (`nursery`); one per pool, replaced if it dies."""
 
     def __init__(self, settings: VerifierSettings):
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         arguments = [os.getpid(), settings.memory_mb, settings.deadline_s]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rapo_verl.reward.worker", *map(str, arguments)],
+                [sys.executable, "-m", "rapo_verl.reward.nursery", *map(str, arguments)],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -51,7 +51,7 @@ class _Nursery:
 
 
 class WorkerPool:
-    """Runs tasks of `worker` on at most ``settings.workers`` processes; to be used from any thread.
+    """Runs tasks of `nursery` on at most ``settings.workers`` processes; to be used from any thread.
 
     Nothing is started before the first task. No signal of this process is used, so no thread is special.
     """

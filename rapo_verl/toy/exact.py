@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from rapo_verl.toy.base_model import encode_prompts, encode_solutions
-from rapo_verl.toy.world import Problem, World
+from rapo_verl.toy.world import Puzzle, World
 
 FloatArray = NDArray[np.float64]
 
 
 def success_probabilities(
-    model_dir: str | os.PathLike[str], world: World, problems: Sequence[Problem], batch_size: int
+    model_dir: str | os.PathLike[str], world: World, problems: Sequence[Puzzle], batch_size: int
 ) -> FloatArray:
     """Return each problem's success probability at temperature 1, float64 [len(problems)].
 

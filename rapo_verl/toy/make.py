@@ -10,7 +10,7 @@ from rapo_verl import Refused
 from rapo_verl.data.prepare import prepare
 from rapo_verl.run.files import write_atomic
 from rapo_verl.toy.base_model import pretrain
-from rapo_verl.toy.world import Problem, Split, World, write_jsonl
+from rapo_verl.toy.world import Puzzle, Split, World, write_jsonl
 
 TRAIN_FILE, EVAL_FILE, WORLD_FILE, MODEL_DIR = "train.parquet", "eval.parquet", "world.json", "model"
 TRAIN_PROBLEMS, EVAL_PROBLEMS = 3840, 360
@@ -60,7 +60,7 @@ def write_problems(world: World, out: Path, *, train: tuple[int, int], evaluatio
             raise Refused(f"{path}: {count - rows} of {count} evaluation problems were dropped; see its card")
 
 
-def load_problems(toy_dir: Path) -> tuple[World, list[Problem]]:
+def load_problems(toy_dir: Path) -> tuple[World, list[Puzzle]]:
     """Return the world of a toy folder and its evaluation problems."""
     path = toy_dir / WORLD_FILE
     if not path.is_file():

@@ -49,7 +49,7 @@ EVAL_RESIDUES: Final = 6
 
 
 @dataclass(frozen=True)
-class Problem:
+class Puzzle:
     """One question with its hidden plan.
 
     Attributes:
@@ -78,7 +78,7 @@ class World:
         self.plans: IntArray = np.stack([rng.permutation(PLAN_PAIRS)[:KNOWN_PLANS] for _ in range(FAMILIES)])
         self._hide_ood_pairs()
 
-    def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
+    def problems(self, split: Split, count: int, seed: int) -> list[Puzzle]:
         """Return `count` problems, families in turn; the seed draws operands, none in both splits, and plans."""
         rng = np.random.default_rng((self.seed, 1 if split == "train" else 2, seed))
         family, mode, operands = self._draw_questions(split, count, rng)
@@ -88,7 +88,7 @@ class World:
         plan = self.plans[family, index]
         digits = self.apply(plan, operands)
         return [
-            Problem(
+            Puzzle(
                 id=f"{split}-{seed}-{i:05d}",
                 family=int(family[i]),
                 kind=str(kind[i]),
@@ -130,7 +130,7 @@ class World:
         second = self.tables[plan[:, None] % OPS, operands[:, 3:] - 1]
         return np.concatenate([first, second], axis=1)
 
-    def right_solutions(self, problem: Problem) -> list[str]:
+    def right_solutions(self, problem: Puzzle) -> list[str]:
         """Return the 64 canonical solutions of a problem, one per plan pair, all carrying the right digits.
 
         The success probability of a model is the sum of their probabilities, up to answers in some other form.
@@ -180,7 +180,7 @@ class World:
             self.plans[latent + i, 1] = self.plans[ood + i, 0]
 
 
-def write_jsonl(problems: Sequence[Problem], path: Path) -> None:
+def write_jsonl(problems: Sequence[Puzzle], path: Path) -> None:
     """Write problems as `rapo data prepare` reads them, hidden plans left out; the file appears whole or not at all."""
     rows = [{"id": p.id, "question": p.question, "answer": p.answer, "subject": p.kind} for p in problems]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))

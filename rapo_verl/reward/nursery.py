@@ -1,7 +1,7 @@
 """The side of the verifier that may hang or die: a nursery that has math-verify loaded and forks workers from itself.
 
-Run by `pool` as ``python -m rapo_verl.reward.worker PARENT MEMORY_MB DEADLINE_S``, its stdin a socket. A fork of a warm
-process takes milliseconds where a new interpreter with sympy takes a second, and nothing of the caller (its main
+Run by `pool` as ``python -m rapo_verl.reward.nursery PARENT MEMORY_MB DEADLINE_S``, its stdin a socket. A fork of a
+warm process takes milliseconds where a new interpreter with sympy takes a second, and nothing of the caller (its main
 module, threads, accelerator) is in it. The parent's end of a socket closing ends everything here.
 """
 
