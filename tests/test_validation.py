@@ -12,6 +12,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from rapo_verl.method.passk import pass_at_k
 from rapo_verl.run.folder import read_metrics
+from rapo_verl.training.alarms import Groups, group_metrics
 from rapo_verl.training.trainer import TRAINERS, validation_pass_at_k
 
 N = 16
@@ -83,3 +84,14 @@ def test_validation_of_a_real_run_logs_pass_at_k(toy_dir, tmp_path):
     assert sorted(ours.values()) == list(ours.values())
     # The one statistic on which resampling and the unbiased estimate agree.
     assert ours[1] == pytest.approx(metrics["val-core/eval/acc/mean@8"])
+
+
+def test_training_groups_are_counted_at_every_power_of_two_and_at_n():
+    groups = Groups([4, 2, 9], [0, 2, 6], [6, 6, 6])
+    found = group_metrics(groups)
+    assert list(found) == [*(f"rapo/groups/pass@{k}" for k in (1, 2, 4, 6)), "rapo/groups/all_right"]
+    for k in (1, 2, 4, 6):
+        assert found[f"rapo/groups/pass@{k}"] == pytest.approx(pass_at_k([0, 2, 6], 6, k).mean(), abs=1e-15)
+    assert found["rapo/groups/all_right"] == pytest.approx(1 / 3)
+    # An answer that is missing shortens its group, and the largest k with it.
+    assert list(group_metrics(Groups([4, 2], [0, 2], [6, 5])))[3] == "rapo/groups/pass@5"

@@ -12,9 +12,9 @@ from rapo_verl.run.signs import (
     WINDOW,
     History,
     group_size,
-    noise,
     series,
     smooth,
+    tolerance,
     validated,
 )
 
@@ -48,9 +48,9 @@ def alarms(history: History) -> list[Alarm]:
     )
     found = []
     for name, holds, sentence in rules:
-        since = len(holds) - (int(np.argmin(holds[::-1])) if not holds.all() else len(holds))
-        if len(holds) - since >= PERSIST:
-            found.append(Alarm(name, int(history[since]["step"]), sentence))
+        held = _held(holds)
+        if held >= PERSIST:
+            found.append(Alarm(name, int(history[-held]["step"]), sentence))
     return found + _breadth(history)
 
 
@@ -61,6 +61,11 @@ SHARPENED = (
     "pass@1 of the training groups rises, but where an answer fails, others help a quarter as often as at the start: "
     "a problem's answers become all right or all wrong."
 )
+
+
+def _held(holds: np.ndarray) -> int:
+    """Return for how many records up to the last a rule holds."""
+    return len(holds) if holds.all() else int(np.argmin(holds[::-1]))
 
 
 def _helped(history: History) -> tuple[np.ndarray, np.ndarray]:
@@ -96,9 +101,10 @@ def _breadth(history: History) -> list[Alarm]:
     for source, ks in attempts.items():
         k = sorted(ks)[-2 if len(ks) > 2 else -1]
         steps, values = series(history, f"{UNBIASED}{source}/{k}")
-        if len(values) > 2 and (values[-2:] < values[0] - noise(history, source)).all():
+        held = _held(values < values[0] - tolerance(history, source)) if len(values) else 0
+        if held >= 2:
             told = f"{source}: pass@{k} fell from {values[0]:.3f} to {values[-1]:.3f}."
-            found.append(Alarm("breadth", int(steps[-2]), told))
+            found.append(Alarm("breadth", int(steps[-held]), told))
     return found
 
 

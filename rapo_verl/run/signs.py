@@ -187,7 +187,7 @@ def validated(history: History) -> list[str]:
     return sorted(unbiased or keys, key=lambda key: (key.rpartition("/")[0], len(key), key))
 
 
-def noise(history: History, source: str) -> float:
+def tolerance(history: History, source: str) -> float:
     """Return how far under its first value pass@k of a validation must be to have lost: `LOST`, of 25 problems 0.1."""
     problems = series(history, f"{PROBLEMS}{source}")[1]
     return LOST * max(1.0, (100 / problems[-1]) ** 0.5) if len(problems) else LOST
@@ -200,5 +200,5 @@ def _validation(history: History, key: str) -> Reading:
     if not len(values):
         return Reading(title, "", steps, values, NOTE, "Never a finite value.")
     told = f"{values[-1]:.3f} at step {steps[-1]:.0f}, {values[0]:.3f} at the first, best {values.max():.3f}"
-    lost = values[-1] < values[0] - noise(history, source)
+    lost = values[-1] < values[0] - tolerance(history, source)
     return Reading(title, "", steps, values, *((WARN, f"{told}: lost since.") if lost else (FINE, f"{told}.")))
