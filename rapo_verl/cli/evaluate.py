@@ -1,9 +1,8 @@
 """The commands `rapo eval ...`; heavy imports are inside them."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,13 +21,6 @@ PRESETS = {
 Folders = Annotated[list[Path], typer.Argument(help="made by `rapo eval generate`")]
 Strictness = Annotated[str, typer.Option(help="of the verifier: integer, symmetric or math_verify")]
 DEADLINE_S = 5.0
-
-
-def _value(text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 @app.command("generate")
@@ -60,6 +52,8 @@ def eval_generate(
 
     Example: rapo eval generate --model runs/toy_rapo_cpu --data aime24.parquet --out evals/rapo --n 64
     """
+    from omegaconf import OmegaConf
+
     from rapo_verl.evaluation.engines import EngineSpec, local_fleet, ray_fleet
     from rapo_verl.evaluation.generate import Draw
     from rapo_verl.evaluation.session import generate_draw, read_plan
@@ -84,7 +78,7 @@ def eval_generate(
     plan = read_plan(model, [*data, *(more or [])], sampling, n=samples, draw=draw, shard=shard, limit=limit)
     print(f"model: {plan.notes['model']}", flush=True)
     sampled = Draw(plan, Store.create(out, plan), (int(index), int(count)))
-    options = {key: _value(value) for key, value in (text.split("=", 1) for text in engine_arg or [])}
+    options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(engine_arg or []))
     spec = EngineSpec(plan.notes["weights"], plan.longest, tensor_parallel, options)
     damaged = generate_draw(sampled, local_fleet(spec) if ray is None else ray_fleet(spec, ray, engines=engines))
     if damaged:
