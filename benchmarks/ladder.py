@@ -121,10 +121,15 @@ def tries_table(out: Path) -> str:
     return markdown(["method", "setting", *MEASURES, "chosen"], rows)
 
 
+def ranked(found: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+    """Return the methods and their values, the highest mean pass@1024 first."""
+    return sorted(found.items(), key=lambda item: -item[1][:, 3].mean())
+
+
 def means_table(found: dict[str, np.ndarray], out: Path) -> str:
     """Return each method's means over the pairs, by p@1024, and its differences from GRPO with veRL's usual leash."""
     rows = []
-    for method, of in sorted(found.items(), key=lambda item: -item[1][:, 3].mean()):
+    for method, of in ranked(found):
         settings = None if method == "base" else chosen(out, method)
         against = (
             ["", ""] if method == GRPO or GRPO not in found else [interval((of - found[GRPO])[:, i]) for i in (0, 3)]
@@ -142,7 +147,7 @@ def best_grpo(found: dict[str, np.ndarray]) -> np.ndarray:
 def summary_table(found: dict[str, np.ndarray], best: np.ndarray) -> str:
     """Return each method's means, and on how many pairs its p@1024 is above the base's and above every GRPO's."""
     rows = []
-    for method, of in sorted(found.items(), key=lambda item: -item[1][:, 3].mean()):
+    for method, of in ranked(found):
         above = [
             f"{(of[:, 3] > bound).sum()} of {len(of)}" if method not in skipped else ""
             for bound, skipped in ((found["base"][:, 3], {"base"}), (best[:, 3], {m for m in found if "GRPO" in m}))
@@ -196,15 +201,17 @@ def by_pair_table(found: dict[str, np.ndarray]) -> str:
 
 
 def plot(found: dict[str, np.ndarray]) -> bytes:
-    """Return a PNG of pass@1 against pass@1024: a large point a method, its pairs small."""
+    """Return a PNG of pass@1 against pass@1024: a large point a method, those of its pairs near them small."""
     figure = Figure(figsize=(9, 5.2), layout="constrained")
     axes = figure.subplots()
-    for number, (method, of) in enumerate(found.items()):
+    for number, (method, of) in enumerate(ranked(found)):
         style = {"color": f"C{number % 10}", "marker": "osD^vP"[number // 10 % 6]}
         axes.scatter(of[:, 0], of[:, 3], s=9, alpha=0.35, linewidths=0, **style)
         axes.scatter(*of[:, [0, 3]].mean(0), s=70, label=method, edgecolors="white", zorder=3, **style)
     axes.axhline(found["base"][:, 3].mean(), color="0.6", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="exact pass@1", ylabel="exact pass@1024")
+    means = np.array([of[:, [0, 3]].mean(0) for of in found.values()])
+    (left, bottom), (right, top) = means.min(0) - 0.05, means.max(0) + 0.1
+    axes.set(xlabel="exact pass@1", ylabel="exact pass@1024", xlim=(left, right), ylim=(bottom, top))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
