@@ -113,6 +113,16 @@ def test_trials_without_a_gpu_are_refused_in_a_sentence():
     assert not seen.ok and seen.found == "torch sees none"
 
 
+@pytest.mark.parametrize(
+    ("says", "found"),
+    [("printf 'NVIDIA H100\\nNVIDIA H100\\n'", "none of the 2 GPUs"), ("exit 9", "cpu"), ("exec sleep 60", "cpu")],
+)
+def test_torch_for_processors_beside_gpus_is_told(smi, monkeypatch, says, found):
+    monkeypatch.setattr("rapo_verl.plan.card.SMI_SECONDS", 0.5 if "sleep" in says else 30)
+    smi(says)
+    assert found in doctor._without_gpu()
+
+
 # --- driver, C library, packages, memory ---
 
 

@@ -61,7 +61,7 @@ def examine(gpu: bool = False) -> list[Finding]:
     on_gpu = has_gpu()
     cpus, *fits = _what_fits() if on_gpu else [Finding("cores", str(len(os.sched_getaffinity(0))))]
     return [
-        Finding("platform", "cuda" if on_gpu else "cpu"),
+        Finding("platform", "cuda" if on_gpu else _without_gpu()),
         *([driver()] if on_gpu else []),
         _python(),
         glibc(),
@@ -83,6 +83,14 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.device_count() > 0  # by NVML: is_available would make a later fork of this process useless
+
+
+def _without_gpu() -> str:
+    with suppress(TimeoutError):
+        _, rows = nvidia_smi("name") or ("", [])
+        if rows:
+            return f"cpu: this torch sees none of the {len(rows)} GPUs of nvidia-smi; .venv-gpu's does (make gpu)"
+    return "cpu"
 
 
 def _python() -> Finding:
@@ -164,9 +172,7 @@ def _trials() -> list[Finding]:
 
     if count := torch.cuda.device_count():
         return trials(count)
-    return [
-        Finding("GPU", "torch sees none", False, "nvidia-smi, and CUDA_VISIBLE_DEVICES; without a GPU leave --gpu out")
-    ]
+    return [Finding("GPU", "torch sees none", False, "make gpu, CUDA_VISIBLE_DEVICES; without a GPU leave --gpu out")]
 
 
 def free_memory() -> Finding:

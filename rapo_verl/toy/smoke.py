@@ -26,7 +26,7 @@ from rapo_verl.toy.world import World
 SHAPE = "Qwen/Qwen2.5-0.5B"
 STEPS, PROBLEMS, SAMPLES = 3, 4, 4
 # The one-GPU recipe, made short: few and short responses, few processes, a small cache that any card has room for, and
-# neither torch.compile nor CUDA graphs in vLLM, which take longer to make than this run to end.
+# neither torch.compile, CUDA graphs nor tuning in vLLM, which cost more than so short a run has of them.
 ON_A_GPU = (
     "data.train_batch_size=32",
     "data.max_prompt_length=64",
@@ -36,6 +36,7 @@ ON_A_GPU = (
     "actor_rollout_ref.rollout.max_model_len=192",
     "actor_rollout_ref.rollout.enforce_eager=true",
     "actor_rollout_ref.rollout.gpu_memory_utilization=0.2",
+    "+actor_rollout_ref.rollout.engine_kwargs.vllm.kernel_config.enable_flashinfer_autotune=false",
     "actor_rollout_ref.rollout.agent.num_workers=1",
     "reward.num_workers=1",
     "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
