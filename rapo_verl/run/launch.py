@@ -49,6 +49,10 @@ def _child_environment(config: DictConfig, run_dir: Path, step: int) -> dict[str
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         # vLLM would have a C++ compiler build one function that counts ranks: seconds of each start.
         env.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # vLLM's model runs in its core, whose two processes would else wait for each other by spinning
+        # (vllm/distributed/device_communicators/shm_broadcast.py:203): it insists on them (vllm/platforms/cpu.py:178)
+        # for the sake of OpenMP's threads, of which there is one.
+        env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     return env
 
 
