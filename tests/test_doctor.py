@@ -115,12 +115,28 @@ def test_trials_without_a_gpu_are_refused_in_a_sentence():
 
 @pytest.mark.parametrize(
     ("says", "found"),
-    [("printf 'NVIDIA H100\\nNVIDIA H100\\n'", "none of the 2 GPUs"), ("exit 9", "cpu"), ("exec sleep 60", "cpu")],
+    [
+        ("printf 'NVIDIA H100\\nNVIDIA H100\\n'", "none of the GPUs of nvidia-smi (2)"),
+        ("exit 9", "cpu"),
+        ("exec sleep 60", "cpu"),
+    ],
 )
 def test_torch_for_processors_beside_gpus_is_told(smi, monkeypatch, says, found):
     monkeypatch.setattr("rapo_verl.plan.card.SMI_SECONDS", 0.5 if "sleep" in says else 30)
     smi(says)
     assert found in doctor._without_gpu()
+
+
+@pytest.mark.parametrize(
+    ("torch", "pin", "why"), [("2.13.0+cpu", "2.13.0", "make gpu"), ("2.11.0", "2.11.0", "CUDA_VISIBLE_DEVICES")]
+)
+def test_lock_is_told_by_the_build_of_torch_where_there_is_no_gpu(smi, monkeypatch, torch, pin, why):
+    monkeypatch.setattr(doctor, "installed", lambda _: {"torch": torch})
+    monkeypatch.setattr(doctor, "_version", lambda name, pin: doctor.Finding(name, str(pin)))
+    monkeypatch.setattr(doctor, "_plugin", lambda: doctor.Finding("verl plugin", "loads"))
+    smi("echo NVIDIA H100")
+    seen = {finding.what: finding.found for finding in doctor.examine()}
+    assert seen["torch"] == pin and why in seen["platform"]
 
 
 # --- driver, C library, packages, memory ---

@@ -65,7 +65,7 @@ def examine(gpu: bool = False) -> list[Finding]:
         *([driver()] if on_gpu else []),
         _python(),
         glibc(),
-        *(_version(name, pins[1 if on_gpu else 0]) for name, pins in VERSIONS.items()),
+        *(_version(name, pins[0 if _is_cpu_build() else 1]) for name, pins in VERSIONS.items()),
         _ray(),
         _plugin(),
         _recipes(),
@@ -89,8 +89,14 @@ def _without_gpu() -> str:
     with suppress(TimeoutError):
         _, rows = nvidia_smi("name") or ("", [])
         if rows:
-            return f"cpu: this torch sees none of the {len(rows)} GPUs of nvidia-smi; .venv-gpu's does (make gpu)"
+            why = ".venv-gpu's does (make gpu)" if _is_cpu_build() else "CUDA_VISIBLE_DEVICES, or libcuda, hides them"
+            return f"cpu: this torch sees none of the GPUs of nvidia-smi ({len(rows)}); {why}"
     return "cpu"
+
+
+def _is_cpu_build() -> bool:
+    """Whether the CPU lock is meant, and not the GPU's on a machine without one, as a login node."""
+    return installed(("torch",)).get("torch", "+cpu").endswith("+cpu")
 
 
 def _python() -> Finding:
