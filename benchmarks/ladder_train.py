@@ -153,6 +153,9 @@ def success(toy: Toy, model: Qwen2ForCausalLM, problems: int) -> list[float]:
         by_letter = encode_solutions(toy.tokenizer, solutions).unflatten(0, (-1, OPS))
         begun = response_log_prob(model, prompts, by_letter[:, 0, :PREFIX])
         likely = (begun.exp() > NEGLIGIBLE).nonzero()[:, 0]
+        if not len(likely):  # of a policy that has fallen apart
+            found += [0.0] * len(batch)
+            continue
         tokens, problem = by_letter[likely].flatten(0, 1), (likely // OPS).repeat_interleave(OPS)
         log_probs = _logits(model, prompts, problem, tokens).double().log_softmax(-1)
         p = log_probs.gather(2, tokens[..., None])[..., 0].sum(1).exp()

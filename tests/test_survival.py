@@ -1,5 +1,6 @@
 """Stopping in time, refusing NaN, ending every process, and what is refused before a run starts."""
 
+import logging
 import math
 import os
 import signal
@@ -20,6 +21,7 @@ from rapo_verl.run.preflight import problems_of
 from rapo_verl.run.processes import dump_stacks, repeating
 from rapo_verl.run.stopping import Stopping
 from rapo_verl.training.guards import dump_batch, non_finite_fields, non_finite_metrics
+from rapo_verl.training.task_runner import log_apart_from_root
 
 # --- stopping ---
 
@@ -47,6 +49,19 @@ def test_deadline_leaves_room_for_a_validation():
     assert stopping.reason() is None
     stopping.note(validation=30)
     assert "might take 210 s" in stopping.reason()
+
+
+def test_warnings_of_ours_pass_a_root_logger_of_errors_alone(capfd, monkeypatch):
+    # As it is in the process of the trainer once vLLM and veRL are imported.
+    log, root = logging.getLogger("rapo_verl"), logging.getLogger()
+    for logger in (log, root):
+        for name in ("level", "handlers", "propagate"):
+            monkeypatch.setattr(logger, name, getattr(logger, name))
+    root.setLevel(logging.ERROR)
+    log.getChild("training.alarms").warning("lost")
+    log_apart_from_root()
+    log.getChild("training.alarms").warning("alarm %s, since step %d", "noise", 3)
+    assert "lost" not in (said := capfd.readouterr().err) and "alarm noise, since step 3" in said
 
 
 def test_wandb_run_goes_on_under_its_id(toy_dir, tmp_path):

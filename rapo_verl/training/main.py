@@ -27,7 +27,7 @@ IMPORTED_UNDER_RAY = (
     "rapo_verl.training.trainer",
     "rapo_verl.training.worker",
     "rapo_verl.training.rollout",
-    "rapo_verl.reward.worker",
+    "rapo_verl.reward.nursery",
     "verl.workers.rollout.vllm_rollout.vllm_async_server",
 )
 
