@@ -1,5 +1,6 @@
 """Stopping in time, refusing NaN, ending every process, and what is refused before a run starts."""
 
+import inspect
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import torch
 from omegaconf import OmegaConf
+from verl.utils.logging_utils import configure_verl_logging
 
 from rapo_verl.run.compose import compose_config, experiments
 from rapo_verl.run.inspect import describe, non_finite_rows
@@ -61,6 +63,7 @@ def test_warnings_of_ours_pass_a_root_logger_of_errors_alone(capfd, monkeypatch)
     log.getChild("training.alarms").warning("lost")
     log_apart_from_root()
     log.getChild("training.alarms").warning("alarm %s, since step %d", "noise", 3)
+    assert "verl_logger.propagate = False" in inspect.getsource(configure_verl_logging)  # veRL does so, too
     assert "lost" not in (said := capfd.readouterr().err) and "alarm noise, since step 3" in said
 
 
