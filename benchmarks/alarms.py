@@ -110,15 +110,13 @@ def table(out: Path) -> str:
             runs[kind(np.array([value for _, value in exact]))].append((*sounds, exact))
     lines = ["| alarm | collapsed | between | healthy |", "|---" * 4 + "|"]
     for name in (*NAMES, "any"):
-        told = name == "breadth"
-        cells = [share(sum(name in run[told] for run in of), len(of)) for of in runs.values()]
+        cells = [share(sum(name in run[name == "breadth"] for run in of), len(of)) for of in runs.values()]
         lines.append(f"| {f'`{name}`' if name != 'any' else 'any but `breadth`'} | {' | '.join(cells)} |")
     for level, words in ((1.0, "the base's"), (0.5, "half of the base's")):
         leads = []
         for sounds, _, exact in runs["collapsed"]:
-            above = [step for step, value in exact if value >= level * exact[0][1]]
-            # Between the last record above and the next one.
-            leads.append(above[-1] + EVERY - sounds["any"] if "any" in sounds else -np.inf)
+            under = EVERY + max(step for step, value in exact if value >= level * exact[0][1])
+            leads.append(under - sounds["any"] if "any" in sounds else -np.inf)
         early = [sum(lead >= least for lead in leads) for least in (5, 0)]
         lines.append(
             f"\nBefore exact pass@16 was under {words} for good: five steps or more in {share(early[0], len(leads))} "
