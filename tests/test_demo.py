@@ -35,9 +35,7 @@ def test_models_are_sampled_judged_and_enumerated_and_hard_is_of_another_draw(to
 
     monkeypatch.setattr(demo, "_rapo", rapo)
     monkeypatch.setattr("rapo_verl.evaluation.session.generate_draw", lambda draw, _: run(draw, StubEngine())[1])
-    for key, model, number in (("base_hard", models["base"], 2), *((key, model, 1) for key, model in models.items())):
-        demo.draw(key, model, toy_dir, tmp_path / "eval", n=8, limit=12, number=number)
-    demo.judge(models, toy_dir, tmp_path / "eval", limit=12)
+    demo.evaluate(models, toy_dir, tmp_path / "eval", n=8, limit=12)
     assert commands == ["generate"] * 4 + ["score"]
     labels = {"base": "base", "grpo": "GRPO", "rapo": "RAPO"}
     numbers = demo.write_demo_report(tmp_path, labels, {"command": "rapo demo"})

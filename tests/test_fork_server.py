@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -116,13 +117,31 @@ def test_server_and_its_processes_end_with_the_process_that_started_it():
         [path, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], stdout=subprocess.PIPE
     )
     assert int(client.stdout.readline()) in {p.pid for p in psutil.Process(server.pid).children(recursive=True)}
-    forked = psutil.Process(server.pid).children()
+    forked = psutil.Process(server.pid).children(recursive=True)
+    assert len(forked) == 2
     os.kill(server.pid, signal.SIGKILL)
     server.wait()
     gone, alive = psutil.wait_procs(forked, timeout=20)
     assert gone and not alive
     started = time.monotonic()
     assert client.wait(20) == 1 and time.monotonic() - started < 20
+
+
+def test_a_client_that_goes_at_once_or_talks_nonsense_harms_no_other(python):
+    for said in (b"", b"\x05" + bytes(7) + b"hello"):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(Path(python).with_name("socket")))
+            client.sendall(said)
+    assert ran(python, "-c", "print(1)").stdout == "1\n"
+
+
+@pytest.mark.parametrize("folder", ["x" * 90, "a b"])
+def test_folder_for_temporary_files_that_does_not_serve_forbids_it(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    code = "from rapo_verl.training.fork_server import fork_server\nwith fork_server([], []) as p: print(p)"
+    done = ran(sys.executable, "-c", code, env={**os.environ, "TMPDIR": str(tmp_path / folder)})
+    assert "no fork server: TMPDIR" in done.stdout and done.stdout.endswith("None\n"), done.stderr
+    assert not list((tmp_path / folder).iterdir())
 
 
 def test_threads_of_an_import_forbid_it(tmp_path, monkeypatch):

@@ -50,6 +50,8 @@ PROCESS_VARIABLES = (
     "VLLM_CPU_KVCACHE_SPACE",
     "VLLM_CPU_OMP_THREADS_BIND",
     "OMP_NUM_THREADS",
+    "TORCHDYNAMO_DISABLE",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
 )
 
 # Exit codes. REFUSED: input, config or environment that it would fail on, nothing was started. SAVED: start it again

@@ -31,11 +31,11 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def end_with_parent() -> None:
-    """Have the kernel interrupt this process when its parent ends, however it ends."""
+def end_with_parent(number: signal.Signals = signal.SIGINT) -> None:
+    """Have the kernel send this process a signal when its parent ends, however it ends; by default an interrupt."""
     # A script's `rapo train &` starts with SIGINT ignored, and so would everything below it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0) != 0:
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 

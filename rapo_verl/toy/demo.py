@@ -6,10 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -35,7 +33,7 @@ console = Console(stderr=True)
 # A solution has 23 tokens, its end included.
 MAX_TOKENS = 24
 # The base's key, the folder of the draw that chooses Hard, the file of enumerated probabilities in a model's folder.
-BASE, HARD_FOLDER, EXACT_FILE, LOG_FILE = "base", "base_hard", "exact.json", "evaluate.log"
+BASE, HARD_FOLDER, EXACT_FILE = "base", "base_hard", "exact.json"
 
 
 @contextmanager
@@ -63,15 +61,12 @@ def train(experiment: str, run_dir: Path, overrides: list[str]) -> Path:
     return model
 
 
-def draw(key: str, model: Path, toy_dir: Path, out: Path, *, n: int, limit: int, number: int = 1) -> None:
-    """Sample a model as a user does, into the folder of its key; what is there is kept."""
+def evaluate(models: dict[str, Path], toy_dir: Path, out: Path, *, n: int, limit: int) -> None:
+    """Sample and judge each model, named by its key, as a user does, and enumerate it; what is there is kept."""
     out.mkdir(parents=True, exist_ok=True)
     options = ["--data", toy_dir / EVAL_FILE, "--n", n, "--limit", limit, "--max-tokens", MAX_TOKENS, "--no-logprobs"]
-    _rapo(out, "eval", "generate", "--model", model, "--out", out / key, "--draw", number, *options)
-
-
-def judge(models: dict[str, Path], toy_dir: Path, out: Path, *, limit: int) -> None:
-    """Judge the draws of the models, named by their keys, and enumerate their right solutions."""
+    for folder, model, draw in [(HARD_FOLDER, models[BASE], 2), *((key, model, 1) for key, model in models.items())]:
+        _rapo(out, "eval", "generate", "--model", model, "--out", out / folder, "--draw", draw, *options)
     folders = [out / folder for folder in (HARD_FOLDER, *models)]
     _rapo(out, "eval", "score", *folders, "--strictness", "integer", "--jobs", 1)
     transformers.utils.logging.disable_progress_bar()  # of loading 27 tensors
@@ -86,7 +81,8 @@ def judge(models: dict[str, Path], toy_dir: Path, out: Path, *, limit: int) -> N
 def sample_answers(toy_dir: Path, m: int) -> None:
     """Write what the base answers to the training problems, m times each, to the folder that the recipe reads."""
     out = toy_dir / "answers"
-    if m == 0 or (out / ANSWERS_FILE).exists():
+    if (out / ANSWERS_FILE).exists():
+        console.print(f"      already in {out}", highlight=False)
         return
     options = ["--n", m, "--max-tokens", MAX_TOKENS, "--token-ids"]
     model, data = toy_dir / MODEL_DIR, toy_dir / TRAIN_FILE
@@ -96,10 +92,9 @@ def sample_answers(toy_dir: Path, m: int) -> None:
 
 def _rapo(folder: Path, *arguments: object) -> None:
     command = [sys.executable, "-m", "rapo_verl.cli", *map(str, arguments)]
-    log = folder / LOG_FILE
-    with log.open("ab") as file:
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    log = folder / "evaluate.log"
+    with log.open("ab") as file:  # the progress bar is on stderr
+        code = subprocess.run(command, stdout=file, env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}).returncode
     if code != 0:
         raise Failed(f"`rapo {arguments[0]} {arguments[1]}` ended with exit code {code}; see {log}")
 
@@ -162,28 +157,19 @@ def demo(
     methods = [key for key in ("rapo", "grpo", "rapo_answers") if key in labels]
     for key in methods:
         compose_or_refuse([f"experiment=toy_{key}_cpu", *common])  # before minutes of pre-training
-    number, of = count(1), len(methods) + 3
+    number, of = count(1), len(methods) + 3 + bool(answers)
     with stage(next(number), of, "the toy's problems and its base model, pre-trained on the spot"):
         make_toy(toy_dir, seed=seed)
-    sample = partial(draw, toy_dir=toy_dir, out=out / "eval", n=n, limit=limit)
-    # A training leaves half of two cores idle: what is to be sampled meanwhile waits in a queue of one.
-    with ThreadPoolExecutor(1) as beside:
-        answered = beside.submit(sample_answers, toy_dir, answers)
-        drawn = [beside.submit(sample, HARD_FOLDER, models[BASE], number=2), beside.submit(sample, BASE, models[BASE])]
-        try:
-            for key in methods:
-                if key == "rapo_answers":
-                    answered.result()
-                with stage(next(number), of, f"{labels[key]} through veRL: Ray, FSDP2 on gloo, vLLM, TransferQueue"):
-                    models[key] = train(f"toy_{key}_cpu", out / key, common)
-                drawn.append(beside.submit(sample, key, models[key]))
-        except BaseException:
-            beside.shutdown(wait=False, cancel_futures=True)
-            raise
-        with stage(next(number), of, f"{n} responses to each of {limit} held-out problems, from each model"):
-            for future in drawn:
-                future.result()
-            judge({key: models[key] for key in labels}, toy_dir, out / "eval", limit=limit)
+    for key in methods:
+        if key == "rapo_answers":
+            with stage(next(number), of, f"{answers} answers of the base to each training problem"):
+                sample_answers(toy_dir, answers)
+        with stage(
+            next(number), of, f"{labels[key]} through veRL: Ray, FSDP2 on gloo, vLLM, TransferQueue, reward loop"
+        ):
+            models[key] = train(f"toy_{key}_cpu", out / key, common)
+    with stage(next(number), of, f"{n} responses to each of {limit} held-out problems, from each model"):
+        evaluate({key: models[key] for key in labels}, toy_dir, out / "eval", n=n, limit=limit)
     with stage(next(number), of, "the report"):
         settings = {
             f"{labels[key]}: {what}": text for key in sorted(methods) for what, text in settings_of(out / key).items()

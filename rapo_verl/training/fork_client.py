@@ -1,7 +1,7 @@
 """Run in place of ``python`` by Ray and multiprocessing: asks `fork_server` for a process that has imported everything.
 
 A script of the standard library alone, started with ``-I -S``: it lives as long as the process it stands for, passes
-signals on to it and ends with its exit code. Without a server (on another node) it becomes a fresh Python.
+signals on to it and ends with its exit code. Where no server answers it becomes a fresh Python.
 """
 
 import array
@@ -18,6 +18,7 @@ def main(address: str, arguments: list[str]) -> None:
     try:
         server.connect(address)
     except OSError:
+        server.close()
         os.execv(sys.executable, [sys.executable, *arguments])
     inherited = sorted(int(name) for name in os.listdir("/proc/self/fd"))
     files = [fd for fd in inherited if fd != server.fileno() and _is_open(fd)]
@@ -27,12 +28,17 @@ def main(address: str, arguments: list[str]) -> None:
     server.sendmsg([len(text).to_bytes(8, "little")], [rights])
     server.sendall(text)
     answers = server.makefile("r")
-    pid = int(answers.readline())
+    pid = int(answers.readline() or 0)
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, *arguments])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda number, _: _pass_on(pid, number))
     for fd in files:
         os.close(fd)
-    code = int(answers.readline() or 1)
+    answer = answers.readline()
+    if not answer:  # the server has ended, and its forks with it
+        os._exit(1)
+    code = int(answer)
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

@@ -1,6 +1,6 @@
 """One process imports veRL, vLLM and torch, the others of a run are forked from it: each import is paid for once.
 
-A run on one machine has eleven Python processes, started one after another by Ray and by vLLM, each of which imports
+A run on one machine has ten Python processes, started one after another by Ray and by vLLM, each of which imports
 for 5 to 15 s of processor time. Both let the executable be named: Ray by ``runtime_env.py_executable``, multiprocessing
 by ``set_executable``. `fork_client` is that executable.
 """
@@ -23,7 +23,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -34,6 +34,8 @@ from rapo_verl.run.processes import end_with_parent
 
 # The allocator of pyarrow's library, which mends itself after a fork.
 _SAFE_THREADS = {"jemalloc_bg_thd"}
+# Bytes of a Unix socket's address (sys/un.h), seconds for a client to say what it wants.
+_LONGEST_ADDRESS, _CLIENT_SECONDS = 107, 30.0
 # Options of `python` that take no argument of their own, and those that do.
 _FLAGS, _WITH_ARGUMENT = set("bBdEiIOPqsSuvx"), ("-X", "-W")
 
@@ -42,48 +44,67 @@ _FLAGS, _WITH_ARGUMENT = set("bBdEiIOPqsSuvx"), ("-X", "-W")
 def fork_server(modules: Sequence[str], under_ray: Sequence[str]) -> Iterator[str | None]:
     """Import the modules, fork the server off this process, and yield the executable that stands for ``python``.
 
-    To be entered before the process has threads, which a fork does not copy; None, with a line in the log, if it has.
-    Modules that import Ray go into ``under_ray``: Ray reads the numbers of its job and its raylet from the environment
-    when it is imported, so that the server waits for the first of Ray's processes.
+    To be entered before the process has threads, which a fork does not copy. None, with a line in the log that says
+    why, where it cannot be: then every process imports for itself. Modules that import Ray go into ``under_ray``: Ray
+    reads the numbers of its job and its raylet from the environment when it is imported, so that the server waits for
+    the first of Ray's processes. A fork has not the niceness of the process that it stands for: Ray's 15 starves its
+    workers on a machine that does anything else.
     """
     for name in modules:
         importlib.import_module(name)
-    threads = {
-        task.joinpath("comm").read_text().strip()
-        for task in Path("/proc/self/task").iterdir()
-        if task.name != str(os.getpid())
-    }
-    if not threads <= _SAFE_THREADS:
-        print(f"no fork server: importing has started the threads {threads}; every process imports for itself")
-        yield None
-        return
-    folder = tempfile.mkdtemp(prefix="rapo-fork-")  # a TemporaryDirectory would end with the first fork that ends
-    try:
-        executable = _serve(Path(folder), under_ray)
-        multiprocessing.set_executable(executable)
-        yield executable
-    finally:
-        multiprocessing.set_executable(sys.executable)
-        shutil.rmtree(folder)
-
-
-def _serve(folder: Path, under_ray: Sequence[str]) -> str:
-    """Fork the server, which listens in the folder; return the executable that asks it."""
-    address, executable = str(folder / "socket"), folder / "python"
+    folder = Path(tempfile.mkdtemp(prefix="rapo-fork-"))  # a TemporaryDirectory would end with the first fork that ends
+    executable = folder / "python"
+    address = str(folder / "socket")
     client = Path(__file__).with_name("fork_client.py")
     executable.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-I", "-S", str(client), address])} "$@"\n')
     executable.chmod(0o700)
+    try:
+        reason = _obstacle(executable, address)
+        if reason:
+            print(f"no fork server: {reason}; every process imports for itself")
+            yield None
+            return
+        _serve(address, str(executable), under_ray)
+        multiprocessing.set_executable(str(executable))
+        yield str(executable)
+    finally:
+        multiprocessing.set_executable(sys.executable)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _obstacle(executable: Path, address: str) -> str:
+    """Return why there can be no server, or nothing."""
+    threads = _threads()
+    if threads:
+        return f"importing has started the threads {threads}"
+    if len(os.fsencode(address)) > _LONGEST_ADDRESS or " " in address or not os.access(executable, os.X_OK):
+        return f"TMPDIR must be short, without spaces and executable; it is {executable.parents[1]}"
+    return ""
+
+
+def _threads() -> list[str]:
+    """Return the names of this process's other threads, Python's and libraries'."""
+    tasks = [task for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]
+    return sorted({Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in tasks} - _SAFE_THREADS)
+
+
+def _serve(address: str, executable: str, under_ray: Sequence[str]) -> None:
+    """Fork the server, which listens at the address."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(64)
         gc.collect()
         gc.freeze()  # what is shared stays shared: the collector would write to every page
         if os.fork() == 0:
-            end_with_parent()
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            _Server(listener, str(executable), under_ray).serve()
+            try:
+                end_with_parent(signal.SIGKILL)
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                _Server(listener, executable, under_ray).serve()
+            except BaseException:  # nothing of the parent's may be undone here
+                traceback.print_exc()
+            finally:
+                os._exit(1)
         gc.unfreeze()
-    return str(executable)
 
 
 class _Server:
@@ -104,29 +125,28 @@ class _Server:
             while True:
                 for key, _ in ready.select():
                     if key.fileobj is self.listener:
-                        client, pid = self._fork(ready)
-                        ready.register(client, selectors.EVENT_READ, pid)
-                        self.clients[pid] = client
-                    elif key.fileobj is wake or key.fd == wake:
+                        self._accept(ready)
+                    elif key.fd == wake:
                         os.read(wake, 512)
                     else:  # a client says nothing: it has ended
                         ready.unregister(key.fileobj)
                         os.kill(key.data, signal.SIGKILL)
                 self._collect(ready)
 
-    def _fork(self, ready: selectors.BaseSelector) -> tuple[socket.socket, int]:
+    def _accept(self, ready: selectors.BaseSelector) -> None:
         client, _ = self.listener.accept()
-        head, files, _, _ = socket.recv_fds(client, 8, 253)
-        with client.makefile("rb") as stream:
-            job = json.loads(stream.read(int.from_bytes(head, "little")))
-        if self.under_ray and job["environment"].get("RAY_JOB_ID"):
-            os.environ.update({name: value for name, value in job["environment"].items() if name.startswith("RAY_")})
-            for name in self.under_ray:
-                importlib.import_module(name)
-            self.under_ray = ()
-            gc.collect()
-            gc.freeze()
-        pid = os.fork()
+        client.settimeout(_CLIENT_SECONDS)
+        files: list[int] = []
+        try:
+            head, files, _, _ = socket.recv_fds(client, 8, 253)
+            with client.makefile("rb") as stream:
+                job = json.loads(stream.read(int.from_bytes(head, "little")))
+            if self.under_ray and job["environment"].get("RAY_JOB_ID"):
+                self._import_under_ray(job["environment"])
+            pid = os.fork()
+        except (OSError, ValueError, ImportError):  # the client has gone, or becomes a Python of its own
+            traceback.print_exc()
+            pid = -1
         if pid == 0:
             signal.set_wakeup_fd(-1)
             ready.close()
@@ -136,25 +156,48 @@ class _Server:
             _become(job, files, self.executable)
         for fd in files:
             os.close(fd)
-        client.sendall(f"{pid}\n".encode())
-        return client, pid
+        if pid < 0:
+            client.close()
+            return
+        client.settimeout(None)
+        _tell(client, pid)
+        ready.register(client, selectors.EVENT_READ, pid)
+        self.clients[pid] = client
+
+    def _import_under_ray(self, environment: dict[str, str]) -> None:
+        os.environ.update({name: value for name, value in environment.items() if name.startswith("RAY_")})
+        for name in self.under_ray:
+            importlib.import_module(name)
+        self.under_ray = ()
+        if _threads():
+            print(f"the fork server's imports have started the threads {_threads()}, which no process will have")
+        gc.collect()
+        gc.freeze()
 
     def _collect(self, ready: selectors.BaseSelector) -> None:
         while self.clients:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            client = self.clients.pop(pid)
+            client = self.clients.pop(pid, None)
+            if client is None:
+                continue
             if client in ready.get_map():
                 ready.unregister(client)
-                client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                _tell(client, os.waitstatus_to_exitcode(status))
             client.close()
+
+
+def _tell(client: socket.socket, number: int) -> None:
+    with suppress(OSError):  # it has ended: the next look ends its process
+        client.sendall(f"{number}\n".encode())
 
 
 def _become(job: dict[str, Any], files: list[int], executable: str) -> NoReturn:
     """Turn this fork into the ``python`` that a client was started as, and end with its exit code."""
     code = 1
     try:
+        end_with_parent(signal.SIGKILL)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _take_files(files, job["files"])
@@ -167,6 +210,8 @@ def _become(job: dict[str, Any], files: list[int], executable: str) -> NoReturn:
         np.random.seed()
         multiprocessing.set_executable(executable)
         code = _run(job["arguments"])
+    except BaseException:
+        traceback.print_exc()
     finally:
         try:  # as an interpreter ends
             threading._shutdown()  # type: ignore[attr-defined]

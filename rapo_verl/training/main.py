@@ -43,7 +43,8 @@ def main(run_dir: Path) -> None:
         # The cluster's own figures hold; Ray refuses others. It is exactly as large as the job.
         for name in ("num_cpus", "num_gpus", "object_store_memory", "include_dashboard"):
             config.ray_kwargs.ray_init.pop(name, None)
-    warm = config.trainer.device == "cpu" and os.environ.get(FORK_SERVER_VARIABLE) != "0"
+    here = config.trainer.device == "cpu" and not os.environ.get("RAY_ADDRESS")  # other nodes do not reach the server
+    warm = here and os.environ.get(FORK_SERVER_VARIABLE) != "0"
     with fork_server(IMPORTED, IMPORTED_UNDER_RAY) if warm else nullcontext() as python:
         if python is not None:
             OmegaConf.update(config, "ray_kwargs.ray_init.runtime_env.py_executable", python)
