@@ -2,7 +2,7 @@
 # Runs `rapo "$@"` over every node of a Slurm job. The scripts beside it end in a call of this one; docs/cluster.md.
 #
 # One srun starts one agent a node (rapo_verl/cluster/node.py), which checks the node, starts its Ray and, on the first,
-# the command. The verdict comes in a file, since srun's merged exit code loses it: rapo_verl/cluster/board.py has the
+# the command. The verdict comes in a file, since srun's merged exit code loses it: rapo_verl/run/names.py has the
 # codes. 75 (saved) and 97 (node lost) are requeued, the rest ends the job with that code.
 set -euo pipefail
 umask 077
@@ -77,7 +77,7 @@ main() {
             PATH=${RAPO_VENV:-}/bin:$PATH
             ;;
         apptainer)
-            need RAPO_IMAGE "the .sif file of veRL's container image for 0.9.1"
+            need RAPO_IMAGE "the .sif file of requirements/rapo.def"
             wrap=(apptainer exec --nv --bind "$clone,${RAPO_RUNS:-}${RAPO_MOUNTS:+,$RAPO_MOUNTS}" "${RAPO_IMAGE:-}")
             ;;
         pyxis)

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rapo_verl.cli import app
+from rapo_verl.run import preflight
 from rapo_verl.run.compose import compose_config
 from rapo_verl.run.preflight import cpus_needed, problems_of, too_few_cpus
 
@@ -179,6 +180,19 @@ def test_json_data_and_a_reader_of_the_users_are_taken(problems, tmp_path):
 def test_filter_that_leaves_no_batch_is_refused(problems):
     (problem,) = problems("data.filter_overlong_prompts=true", "data.max_prompt_length=2")
     assert "leaves 0 of 240 prompts" in problem
+
+
+@pytest.mark.parametrize("overrides", [[], ["actor_rollout_ref.model.use_remove_padding=false"]])
+def test_missing_flash_attention_is_told_with_what_does_without(monkeypatch, overrides):
+    config = compose_config(["experiment=qwen2.5_3b_rapo_fsdp2", "run_dir=/tmp/x", *overrides])
+    mended = compose_config(["experiment=qwen2.5_3b_rapo_fsdp2", "run_dir=/tmp/x", *preflight.PADDED_ATTENTION])
+    megatron = compose_config(["experiment=qwen2.5_3b_rapo", "run_dir=/tmp/x"])
+    monkeypatch.setattr(preflight, "has_gpu", lambda: True)
+    (problem,) = preflight.without_flash_attention(config)
+    assert all(override in problem for override in preflight.PADDED_ATTENTION)
+    assert preflight.without_flash_attention(mended) == preflight.without_flash_attention(megatron) == []
+    monkeypatch.setattr(preflight, "has_gpu", lambda: False)
+    assert preflight.without_flash_attention(config) == []  # a login node says nothing of the nodes
 
 
 def test_too_few_cpus_are_told_before_ray_waits_for_ever(toy_dir, tmp_path):

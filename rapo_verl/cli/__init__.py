@@ -24,5 +24,7 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        print("rapo: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "rapo: interrupted; a run or an evaluation goes on where it stopped with the same command", file=sys.stderr
+        )
         raise SystemExit(INTERRUPTED) from None

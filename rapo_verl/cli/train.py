@@ -23,13 +23,13 @@ def train(
     Example: rapo train experiment=toy_rapo_cpu actor_rollout_ref.actor.optim.lr=1e-4
     """
     from rapo_verl.run.launch import run
-    from rapo_verl.run.preflight import problems_of, too_few_cpus
+    from rapo_verl.run.preflight import problems_of, too_few_cpus, without_flash_attention
     from rapo_verl.run.reference_answers import answers_of_run
 
     config = composed(overrides or [])
     problems = problems_of(config)
     if not dry_run and not problems:
-        problems = too_few_cpus(config)
+        problems = too_few_cpus(config) + without_flash_attention(config)
     if problems:
         raise Refused(problems)
     answers = answers_of_run(config)

@@ -1,6 +1,7 @@
 """Everything that would go wrong in a run, found before Ray starts: all problems at once, each with how to mend it."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -24,10 +25,16 @@ from rapo_verl.run import inputs
 from rapo_verl.run.checkpoints import resume_point
 from rapo_verl.run.combinations import refused_combinations
 from rapo_verl.run.compose import compose_config
+from rapo_verl.run.doctor import has_gpu
 from rapo_verl.run.folder import changes_of
 from rapo_verl.run.reference_answers import problems_of_answers
 from rapo_verl.run.values import RESUME_MODES, ignored_keys, wrong_names, wrong_values
 
+# torch's attention, over padded sequences: what trains where flash-attn is missing.
+PADDED_ATTENTION = (
+    "actor_rollout_ref.model.use_remove_padding=false",
+    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+)
 # Free disk below which a run is not started, in bytes.
 MIN_FREE_DISK = 1 << 30
 
@@ -177,6 +184,18 @@ def cpus_needed(config: DictConfig) -> int:
     """
     units = config.transfer_queue.backend.SimpleStorage.num_data_storage_units or 1
     return units + 2 + 3 * config.trainer.n_gpus_per_node
+
+
+def without_flash_attention(config: DictConfig) -> list[str]:
+    """Return whether this machine trains on GPUs with FSDP and lacks the attention that veRL takes by default."""
+    model = config.actor_rollout_ref.model
+    # verl 0.9.1 workers/config/model.py:185: the default.
+    attention = (model.override_config or {}).get("attn_implementation", "flash_attention_2")
+    wanted = attention == "flash_attention_2" or model.use_remove_padding
+    fsdp = str(config.actor_rollout_ref.actor.strategy).startswith("fsdp") and config.trainer.device != "cpu"
+    if not (wanted and fsdp and has_gpu()) or importlib.util.find_spec("flash_attn") is not None:
+        return []
+    return [f"flash-attn is not installed here (no wheel exists for this torch); add {' '.join(PADDED_ATTENTION)}"]
 
 
 def too_few_cpus(config: DictConfig) -> list[str]:

@@ -18,6 +18,7 @@ from rapo_verl.run.compose import compose_or_refuse
 from rapo_verl.run.doctor import has_gpu, imports
 from rapo_verl.run.folder import read_metrics
 from rapo_verl.run.names import CHECKPOINTS_DIR
+from rapo_verl.run.preflight import PADDED_ATTENTION
 from rapo_verl.toy.base_model import build_model, build_tokenizer, random_checkpoint, save_checkpoint
 from rapo_verl.toy.demo import console, stage, train
 from rapo_verl.toy.make import EVAL_FILE, MODEL_DIR, TRAIN_FILE, write_problems
@@ -96,10 +97,7 @@ def attention_overrides() -> list[str]:
     """Return what a training needs where flash-attn cannot be imported: torch's attention over padded sequences."""
     if imports("flash_attn").found == "works":
         return []
-    return [
-        "actor_rollout_ref.model.use_remove_padding=false",
-        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-    ]
+    return list(PADDED_ATTENTION)
 
 
 def smoke_overrides(folder: Path, device: str) -> list[str]:
