@@ -52,7 +52,7 @@ def record(toy: Toy, settings: Settings, steps: int) -> list[dict]:
             "critic/rewards/mean": rollout.reward.mean().item(),
             "actor/entropy": entropy.item(),
             "response_length/mean": mask.sum(1).float().mean().item(),
-            "response_length/clip_ratio": mask.all(1).float().mean().item(),
+            "rapo/truncated": mask.all(1).float().mean().item(),
             "right": rollout.reward.view(PROMPTS, -1).sum(1).int().tolist(),
         }
         if settings.alpha:

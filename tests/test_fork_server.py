@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 HERE = Path(__file__).parent
+# As a run sets it: with more, numpy's library starts threads at its import.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SERVE = """
 import sys, time
 from rapo_verl.training.fork_server import fork_server
@@ -25,7 +27,7 @@ with fork_server(["json", "tensordict"], []) as python:
 def python():
     """The executable of a server that has imported tensordict."""
     with subprocess.Popen(
-        [sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     ) as server:
         path = server.stdout.readline().strip()
         yield path
@@ -111,7 +113,9 @@ def test_without_a_server_it_is_a_fresh_python(tmp_path):
 
 
 def test_server_and_its_processes_end_with_the_process_that_started_it():
-    server = subprocess.Popen([sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
     path = server.stdout.readline().strip()
     client = subprocess.Popen(
         [path, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], stdout=subprocess.PIPE
@@ -139,7 +143,7 @@ def test_a_client_that_goes_at_once_or_talks_nonsense_harms_no_other(python):
 def test_folder_for_temporary_files_that_does_not_serve_forbids_it(tmp_path, folder):
     (tmp_path / folder).mkdir()
     code = "from rapo_verl.training.fork_server import fork_server\nwith fork_server([], []) as p: print(p)"
-    done = ran(sys.executable, "-c", code, env={**os.environ, "TMPDIR": str(tmp_path / folder)})
+    done = ran(sys.executable, "-c", code, env={**ENVIRONMENT, "TMPDIR": str(tmp_path / folder)})
     assert "no fork server: TMPDIR" in done.stdout and done.stdout.endswith("None\n"), done.stderr
     assert not list((tmp_path / folder).iterdir())
 
@@ -149,6 +153,6 @@ def test_threads_of_an_import_forbid_it(tmp_path, monkeypatch):
         "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n"
     )
     code = "from rapo_verl.training.fork_server import fork_server\nwith fork_server(['threaded'], []) as p: print(p)"
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     done = ran(sys.executable, "-c", code, env=environment)
     assert "no fork server" in done.stdout and done.stdout.endswith("None\n"), done.stderr

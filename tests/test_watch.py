@@ -18,7 +18,7 @@ from rapo_verl.run.alarms import NAMES, Listener, alarms
 from rapo_verl.run.signs import FINE, NOTE, WARN, readings, series, smooth, trend
 
 REWARD, ENTROPY, CUT, MASS = (
-    "critic/rewards/mean", "actor/entropy", "response_length/clip_ratio", "rapo/reference_mass_sampled"
+    "critic/rewards/mean", "actor/entropy", "rapo/truncated", "rapo/reference_mass_sampled"
 )  # fmt: skip
 
 

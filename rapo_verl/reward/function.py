@@ -85,7 +85,9 @@ class VerifierFailingError(RuntimeError):
 
 
 def verdict_metrics(records: Iterable[Mapping[str, Any]], *, max_failed_share: float) -> dict[str, float]:
-    """Return the counts of a batch's verdicts as metrics ``rapo/verifier/*``; empty if another function rewarded it.
+    """Return the counts of a batch's verdicts as metrics ``rapo/verifier/*``, and ``rapo/truncated``, a share.
+
+    Empty if another function rewarded the batch.
 
     VerifierFailingError: `_MIN_FAILED` or more of them, and above that share, are timeouts and errors.
     """
@@ -104,5 +106,7 @@ def verdict_metrics(records: Iterable[Mapping[str, Any]], *, max_failed_share: f
             "the policy writes such answers, raise +trainer.v1.sampler.sampler_kwargs.max_failed_share"
         )
     metrics = {f"rapo/verifier/{verdict.value}": float(counts[verdict.value]) for verdict in Verdict}
-    metrics["rapo/verifier/truncated"] = float(sum(record["truncated"] for record in records))
+    truncated = float(sum(record["truncated"] for record in records))
+    # veRL's response_length/clip_ratio is not the share: it counts what is as long as the longest of the batch.
+    metrics |= {"rapo/verifier/truncated": truncated, "rapo/truncated": truncated / len(records)}
     return metrics

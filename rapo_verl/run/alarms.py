@@ -21,7 +21,7 @@ from rapo_verl.run.signs import (
 # Records in a row for which a rule must hold before it speaks.
 PERSIST = 3
 # What the rules read, beside the training groups and validation.
-READ = ("critic/rewards/mean", "actor/entropy", "response_length/clip_ratio", "rapo/reference_mass_sampled")
+READ = ("critic/rewards/mean", "actor/entropy", "rapo/truncated", "rapo/reference_mass_sampled")
 NAMES = ("unlearned", "noise", "runaway", "narrowed", "sharpened", "breadth")
 
 

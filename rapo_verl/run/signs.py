@@ -138,7 +138,7 @@ RULES: tuple[tuple[str, str, str, Callable[[Trend], tuple[str, str]]], ...] = (
     ("actor/entropy", "Entropy", "nats / token", _entropy),
     ("rapo/reference_mass_sampled", "Reference mass still sampled", "", _mass),
     ("rapo/forward_kl", "Forward KL(ref ‖ policy)", "nats / token", _forward_kl),
-    ("response_length/clip_ratio", "Truncated", "share", _truncation),
+    ("rapo/truncated", "Truncated", "share", _truncation),
     ("response_length/mean", "Response length", "tokens", _length),
     ("actor/pg_clipfrac", "Outside the clip range", "share", _surrogate_clips),
     ("rapo/forward_kl_clipped_fraction", "Beyond rho_max", "share", _bound_clips),
