@@ -158,6 +158,7 @@ def test_verdicts_become_counts_and_too_many_failures_stop_the_run():
     assert metrics == {
         "rapo/verifier/correct": 60.0, "rapo/verifier/wrong": 30.0, "rapo/verifier/no_box": 3.0,
         "rapo/verifier/timeout": 9.0, "rapo/verifier/error": 0.0, "rapo/verifier/truncated": 3.0,
+        "rapo/truncated": 3 / 102,
     }  # fmt: skip
     counted = {f"rapo/verifier/{name}" for name in (*(v.value for v in Verdict), "truncated")}
     assert set(metrics) == counted | {"rapo/truncated"}
