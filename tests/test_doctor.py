@@ -272,3 +272,8 @@ def test_wrong_things_are_told_last_and_end_the_command_with_one(monkeypatch, ca
     for found, code in (([right], 0), ([right, wrong], 1)):
         monkeypatch.setattr(doctor, "examine", lambda gpu, found=found: found)
         assert CliRunner().invoke(app, ["doctor", "--gpu"]).exit_code == code
+
+
+def test_a_look_of_a_second_and_trials_of_minutes_are_not_asked_for_together():
+    done = CliRunner().invoke(app, ["doctor", "--cluster", "--gpu"])
+    assert done.exit_code == 2 and "ask for one of them" in " ".join(done.output.split())

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rapo_verl.run.names import CPU_ENVIRONMENT, FORK_SERVER_VARIABLE
+
 HERE = Path(__file__).parent
 # As a run sets it: with more, numpy's library starts threads at its import.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -37,7 +39,7 @@ def python():
 
 
 def ran(python, *arguments, **options):
-    return subprocess.run([python, *arguments], capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run([python, *arguments], capture_output=True, text=True, timeout=180, **options)
 
 
 def test_code_is_run_with_its_arguments_environment_folder_and_files(python, tmp_path):
@@ -129,6 +131,33 @@ def test_server_and_its_processes_end_with_the_process_that_started_it():
     assert gone and not alive
     started = time.monotonic()
     assert client.wait(20) == 1 and time.monotonic() - started < 20
+
+
+WIRED = """
+import sys
+from pathlib import Path
+from omegaconf import OmegaConf
+from rapo_verl.training import main
+
+def train(config):
+    import ray
+    runtime_env = OmegaConf.to_container(config.ray_kwargs.ray_init.runtime_env)
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env)
+    loaded = ray.remote(lambda: sorted({"torch", "verl", "vllm"} & set(__import__("sys").modules)))
+    print("loaded", *ray.get(loaded.remote()))
+    ray.shutdown()
+
+main._train = train
+main.main(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("switch", "loaded"), [("1", "loaded torch verl vllm"), ("0", "loaded")])
+def test_a_run_s_ray_workers_have_everything_imported_unless_it_is_switched_off(tmp_path, switch, loaded):
+    (tmp_path / "config.yaml").write_text("trainer: {device: cpu}\nray_kwargs: {ray_init: {}}\n")
+    environment = {**ENVIRONMENT, **CPU_ENVIRONMENT, "VERL_PLATFORM": "cpu", FORK_SERVER_VARIABLE: switch}
+    done = ran(sys.executable, "-c", WIRED, str(tmp_path), env=environment)
+    assert done.returncode == 0 and loaded in done.stdout.splitlines(), done.stderr[-2000:]
 
 
 def test_a_client_that_goes_at_once_or_talks_nonsense_harms_no_other(python):

@@ -69,6 +69,13 @@ def test_every_recipe_named_in_the_docs_is_there():
     )
 
 
+@pytest.mark.parametrize(("ranks", "executor"), [(1, "uni"), (2, "mp")])
+def test_vllms_model_runs_in_its_core_only_where_one_process_is_enough(ranks, executor):
+    ranks = f"actor_rollout_ref.rollout.tensor_model_parallel_size={ranks}"
+    config = compose_config(["experiment=toy_rapo_cpu", ranks])
+    assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend == executor
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_passes_every_check_and_the_dry_run(name, stand_ins, capsys):
     config = compose_config([f"experiment={name}", *stand_ins])

@@ -45,6 +45,8 @@ def doctor(
     from rapo_verl.run.doctor import examine
     from rapo_verl.run.finding import print_findings
 
+    if cluster and gpu:
+        raise Refused("--cluster looks at a node for a second, --gpu tries its GPUs for minutes; ask for one of them")
     findings = check_node(Facts.read()) if cluster else examine(gpu)
     print_findings(findings)
     if any(not finding.ok for finding in findings):

@@ -14,6 +14,7 @@ from rapo_verl.evaluation.generate import Engine, EngineLostError, Fleet, Reques
 from rapo_verl.evaluation.guard import guard
 from rapo_verl.evaluation.store import Samples
 from rapo_verl.run.doctor import has_gpu
+from rapo_verl.run.names import CPU_ENVIRONMENT
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +27,6 @@ CPU_OPTIONS: dict[str, Any] = {
     "enable_chunked_prefill": False,
     "max_num_batched_tokens": 16384,
 }
-# One unbound thread, as in training (rapo_verl/run/launch.py); set before vLLM is imported.
-CPU_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
-
-
 # vLLM forks its core unless this says otherwise; a process that has asked CUDA anything cannot be forked.
 GPU_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
@@ -80,7 +71,7 @@ class VllmEngine:
 
     def __init__(self, spec: EngineSpec):
         for name, value in (GPU_ENVIRONMENT if has_gpu() else CPU_ENVIRONMENT).items():
-            os.environ.setdefault(name, value)
+            os.environ.setdefault(name, value)  # before vLLM is imported
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -15,6 +15,8 @@ from rapo_verl import Refused
 from rapo_verl.method.config import RapoConfig
 
 PARENT = "rapo"
+# In recipe/experiment/cpu.yaml: vLLM's model in its core's process, unless it is shared out.
+OmegaConf.register_new_resolver("vllm_executor", lambda ranks: "uni" if ranks == 1 else "mp", replace=True)
 
 
 def recipe_dir() -> Path:

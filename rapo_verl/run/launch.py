@@ -43,16 +43,7 @@ def _child_environment(config: DictConfig, run_dir: Path, step: int) -> dict[str
         env |= {"WANDB_RUN_ID": _wandb_run_id(run_dir), "WANDB_RESUME": "allow"}
     if config.trainer.device == "cpu":
         env["VERL_PLATFORM"] = "cpu"
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        # One unbound thread each: as fast for small models, and two runs on a machine do not spin against each other.
-        env.setdefault("OMP_NUM_THREADS", "1")
-        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        # vLLM would have a C++ compiler build one function that counts ranks: seconds of each start.
-        env.setdefault("TORCHDYNAMO_DISABLE", "1")
-        # vLLM's model runs in its core, whose two processes would else wait for each other by spinning
-        # (vllm/distributed/device_communicators/shm_broadcast.py:203): it insists on them (vllm/platforms/cpu.py:178)
-        # for the sake of OpenMP's threads, of which there is one.
-        env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        env = {**names.CPU_ENVIRONMENT, **env}
     return env
 
 

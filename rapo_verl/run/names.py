@@ -34,6 +34,19 @@ DEADLINE_VARIABLE = "RAPO_DEADLINE"
 STATE_VARIABLE = "RAPO_STATE"
 # "0": each process of a run on a CPU imports for itself (rapo_verl/training/fork_server.py).
 FORK_SERVER_VARIABLE = "RAPO_FORK_SERVER"
+# What torch and vLLM are told on a processor, in training and in evaluation; what is set already stays.
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    # One unbound thread each: as fast for small models, and two runs on a machine do not spin against each other.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # vLLM would have a C++ compiler build one function that counts ranks: seconds of each start.
+    "TORCHDYNAMO_DISABLE": "1",
+    # vLLM's model runs in its core, whose two processes would else wait for each other by spinning
+    # (vllm/distributed/device_communicators/shm_broadcast.py:203): it insists on them (vllm/platforms/cpu.py:178)
+    # for the sake of OpenMP's threads, of which there is one.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 # What every process of a run, on every node, must see.
 PROCESS_VARIABLES = (
     "VERL_PLATFORM",
@@ -47,11 +60,7 @@ PROCESS_VARIABLES = (
     "VERL_FILE_LOGGER_PATH",
     "TENSORBOARD_DIR",
     "VLLM_USE_FLASHINFER_SAMPLER",
-    "VLLM_CPU_KVCACHE_SPACE",
-    "VLLM_CPU_OMP_THREADS_BIND",
-    "OMP_NUM_THREADS",
-    "TORCHDYNAMO_DISABLE",
-    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    *CPU_ENVIRONMENT,
 )
 
 # Exit codes. REFUSED: input, config or environment that it would fail on, nothing was started. SAVED: start it again

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import transfer_queue as tq
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from rapo_verl.method.passk import pass_at_k_curve
 from rapo_verl.run.alarms import NAMES, Listener
 from rapo_verl.run.folder import read_metrics
+from rapo_verl.run.inputs import files_of
 from rapo_verl.run.names import GROUPS_FILE
 
 logger = logging.getLogger(__name__)
@@ -80,9 +81,9 @@ class AlarmMixin(PPOTrainer):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         groups = groups_of(batch)
         metrics.update(group_metrics(groups))
-        run_dir, files = Path(self.config.run_dir), self.config.data.train_files
+        run_dir = Path(self.config.run_dir)
         # Rows of several files, and of a file without `extra_info.index`, cannot be told apart.
-        if (not isinstance(files, ListConfig) or len(files) == 1) and len(set(groups.problems)) > 1:
+        if len(files_of(self.config, "train_files")) == 1 and len(set(groups.problems)) > 1:
             note_groups(run_dir / GROUPS_FILE, global_steps, groups)
         if self._listener is None:
             # Of earlier starts, up to the step that this one went on from, and the validation before it.

@@ -84,8 +84,11 @@ def _obstacle(executable: Path, address: str) -> str:
 
 def _threads() -> list[str]:
     """Return the names of this process's other threads, Python's and libraries'."""
-    tasks = [task for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]
-    return sorted({Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in tasks} - _SAFE_THREADS)
+    names = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has just ended
+            names |= {task.joinpath("comm").read_text().strip()} if int(task.name) != os.getpid() else set()
+    return sorted(names - _SAFE_THREADS)
 
 
 def _serve(address: str, executable: str, under_ray: Sequence[str]) -> None:
@@ -100,10 +103,10 @@ def _serve(address: str, executable: str, under_ray: Sequence[str]) -> None:
                 end_with_parent(signal.SIGKILL)
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 _Server(listener, executable, under_ray).serve()
-            except BaseException:  # nothing of the parent's may be undone here
+            except Exception:
                 traceback.print_exc()
             finally:
-                os._exit(1)
+                os._exit(1)  # whatever it was: nothing of the parent's may be undone here
         gc.unfreeze()
 
 
@@ -210,7 +213,7 @@ def _become(job: dict[str, Any], files: list[int], executable: str) -> NoReturn:
         np.random.seed()
         multiprocessing.set_executable(executable)
         code = _run(job["arguments"])
-    except BaseException:
+    except BaseException:  # KeyboardInterrupt too: an interpreter prints whatever ends its main module
         traceback.print_exc()
     finally:
         try:  # as an interpreter ends
@@ -258,8 +261,5 @@ def _run(arguments: list[str]) -> int:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0
         print(end.code, file=sys.stderr)
-        return 1
-    except BaseException:
-        traceback.print_exc()
         return 1
     return 0
