@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pyarrow import parquet
 
 from rapo_verl.plan.head import head_of
@@ -127,9 +127,14 @@ def _validations(trainer: DictConfig) -> int:
     return bool(trainer.val_before_train) + (-(-steps // every) if every > 0 else 0)
 
 
+def files_of(config: DictConfig, key: str) -> list[Path]:
+    """Return the files of ``data.train_files`` or ``val_files``, of which veRL takes one or a list."""
+    files = config.data[key]
+    return [Path(str(file)).expanduser() for file in (files if isinstance(files, list | ListConfig) else [files])]
+
+
 def _validation(config: DictConfig) -> int | None:
-    files = config.data.val_files
-    paths = [Path(file) for file in ([files] if isinstance(files, str) else files or [])]
+    paths = files_of(config, "val_files") if config.data.val_files else []
     if not all(path.suffix == ".parquet" and path.is_file() for path in paths):
         return None
     return config.actor_rollout_ref.rollout.val_kwargs.n * sum(parquet.read_metadata(path).num_rows for path in paths)

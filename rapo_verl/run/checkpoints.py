@@ -18,8 +18,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rapo_verl import Refused
+from rapo_verl.plan.job import files_of
 from rapo_verl.run.files import file_crc32, file_sha256, write_atomic
-from rapo_verl.run.inputs import files_of
 
 # In a run's folder.
 MANIFEST = "manifest.json"

@@ -9,17 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
+
+from rapo_verl.plan.job import files_of
 
 OUR_REWARD = "pkg://rapo_verl.reward.function"
 # What veRL's data set takes (utils/dataset/rl_dataset.py:173), with the word for it in a message.
 KINDS = {".parquet": "parquet", ".json": "JSON", ".jsonl": "JSON"}
-
-
-def files_of(config: DictConfig, key: str) -> list[Path]:
-    """Return the files of ``data.train_files`` or ``val_files``, of which veRL takes one or a list."""
-    files = config.data[key]
-    return [Path(str(file)).expanduser() for file in (files if isinstance(files, list | ListConfig) else [files])]
 
 
 def may_be_hub_id(model: str) -> bool:

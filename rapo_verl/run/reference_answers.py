@@ -18,10 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from rapo_verl import Refused
 from rapo_verl.method.reference_answers import answer_shares, token_weights
+from rapo_verl.plan.job import files_of
 from rapo_verl.reward import VerifierSettings
 from rapo_verl.run.export import model_sha256, resolve_model
 from rapo_verl.run.files import file_sha256
-from rapo_verl.run.inputs import OUR_REWARD, files_of
+from rapo_verl.run.inputs import OUR_REWARD
 
 ANSWERS_FILE = "answers.parquet"
 FORMAT = "rapo_verl.reference_answers/1"

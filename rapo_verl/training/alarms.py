@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from rapo_verl.method.passk import pass_at_k_curve
+from rapo_verl.plan.job import files_of
 from rapo_verl.run.alarms import NAMES, Listener
 from rapo_verl.run.folder import read_metrics
-from rapo_verl.run.inputs import files_of
 from rapo_verl.run.names import GROUPS_FILE
 
 logger = logging.getLogger(__name__)
