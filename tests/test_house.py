@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from rapo_verl.cli import app
 
@@ -95,3 +96,11 @@ def test_help_of_every_command_has_an_example(words, command):
 def test_help_shows_the_commands_in_groups():
     panels = {getattr(command, "rich_help_panel", None) for command in get_command(app).commands.values()}
     assert panels == {"Train", "Evaluate", "Data", "Look"}
+
+
+@pytest.mark.parametrize("group", ["", *sorted({words[0] for words, _ in COMMANDS if len(words) > 1})])
+def test_help_of_every_group_lists_its_commands(group):
+    shown = CliRunner().invoke(app, [*group.split(), "--help"])
+    assert shown.exit_code == 0
+    names = {words[len(group.split())] for words, _ in COMMANDS if not group or words[0] == group}
+    assert all(name in shown.output for name in names)

@@ -9,8 +9,8 @@ from typer.core import TyperGroup
 from rapo_verl import Failed, Refused
 from rapo_verl.run.names import FAILED, REFUSED
 
-# Of `rapo --help`, in this order; None: commands of a group.
-PANELS = (None, "Train", "Evaluate", "Data", "Look")
+# Of `rapo --help`, in this order; a group's commands have none.
+PANELS = ("Train", "Evaluate", "Data", "Look")
 
 
 class Commands(TyperGroup):
@@ -18,8 +18,9 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names in the order of their panels."""
-        names = super().list_commands(ctx)
-        return sorted(names, key=lambda name: PANELS.index(getattr(self.commands[name], "rich_help_panel", None)))
+        order: dict[Any, int] = {panel: place for place, panel in enumerate(PANELS)}
+        panel = {name: getattr(command, "rich_help_panel", None) for name, command in self.commands.items()}
+        return sorted(super().list_commands(ctx), key=lambda name: order.get(panel[name], -1))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
