@@ -5,10 +5,13 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from rapo_verl.cli import app
+from rapo_verl.method.config import rapo_config_from
 from rapo_verl.run import preflight
+from rapo_verl.run.combinations import refused_combinations
 from rapo_verl.run.compose import compose_config
 from rapo_verl.run.preflight import cpus_needed, problems_of, too_few_cpus
 
@@ -213,3 +216,12 @@ def test_command_ends_with_2_and_no_traceback(toy_dir, tmp_path):
     names = ["experiment=toy_rapo_cpu", f"toy_dir={toy_dir}", f"run_dir={tmp_path}/run", f"{ROLLOUT}.n=0"]
     done = CliRunner().invoke(app, ["train", "--dry-run", *names])
     assert done.exit_code == 2 and not (tmp_path / "run").exists()
+
+
+def test_a_tensor_that_the_processors_weight_sync_cannot_send_is_told(toy_dir, tmp_path):
+    config = compose_config(["experiment=toy_rapo_cpu", f"toy_dir={toy_dir}", f"run_dir={tmp_path}/run"])
+    rapo = rapo_config_from(OmegaConf.to_container(config.rapo))
+    (problem,) = refused_combinations(config, rapo, {"vocab_size": 49152, "hidden_size": 576})
+    assert "update_weights_bucket_megabytes is 64" in problem and "allowed: 108 or more" in problem
+    config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes = 108
+    assert refused_combinations(config, rapo, {"vocab_size": 49152, "hidden_size": 576}) == []

@@ -4,6 +4,7 @@ The one list of them. What a single key may hold stands in `rapo_verl.run.values
 divide, in `rapo_verl.plan.job`, which names the nearest legal number.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def refused_combinations(config: DictConfig, rapo: RapoConfig | None, shape: Map
     Without ``rapo``, whose settings are wrong then, only what does not depend on them is looked at. ``shape`` is the
     model's config as Hugging Face has it; empty: not to be had.
     """
-    checks = [_batches(config), _trainer(config), _cpu(config), _verls_faults(config, rapo, shape)]
+    checks = [_batches(config), _trainer(config), _cpu(config, shape), _verls_faults(config, rapo, shape)]
     if rapo is not None and rapo.head == "fast":
         checks.append(
             (False, f"rapo.head=fast cannot follow {setting}; unset it, or set rapo.head=verl")
@@ -149,7 +150,7 @@ def _separate(config: DictConfig) -> Checks:
     )
 
 
-def _cpu(config: DictConfig) -> Checks:
+def _cpu(config: DictConfig, shape: Mapping[str, Any]) -> Checks:
     if config.trainer.device != "cpu":
         return
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
@@ -166,6 +167,15 @@ def _cpu(config: DictConfig) -> Checks:
             got == allowed,
             f"actor_rollout_ref.{key} is {got}; on trainer.device=cpu only {allowed} works (start from experiment=cpu)",
         )
+    # verl 0.9.1 workers/rollout/vllm_rollout/bucketed_weight_transfer.py:141: through shared memory, a tensor is sent
+    # whole. The embedding is the largest.
+    largest = math.ceil(shape.get("vocab_size", 0) * shape.get("hidden_size", 0) * 4 / 2**20)
+    bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes
+    yield (
+        largest <= bucket,
+        f"actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes is {bucket}, and the embedding "
+        f"has {largest} MiB in fp32, which trainer.device=cpu sends in one piece; allowed: {largest} or more",
+    )
 
 
 def _verls_faults(config: DictConfig, rapo: RapoConfig | None, shape: Mapping[str, Any]) -> Checks:
