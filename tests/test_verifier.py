@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from rapo_verl.reward import MAX_BOX, last_boxed, parse_integer, verify_integer
+from rapo_verl.reward import MAX_BOX, Verifier, VerifierSettings, last_boxed, parse_integer, verify_integer
 from rapo_verl.reward.function import compute_integer_score
 
 
@@ -197,3 +197,18 @@ def test_reward_record_has_score_verdict_and_answer():
 
 def test_reward_ignores_the_name_of_the_data_set():
     assert len({str(score(name, r"\boxed{42}", "42")) for name in ("", "gsm8k", "math_dapo", "aime", "math")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("50-13 = 37.", "correct"), ("so \\boxed{37} it is", "correct"), ("she has 37 cards, 37", "correct"),
+        ("first 37, then 38", "wrong"), ("= -37", "wrong"), ("37.5", "wrong"), ("0.37", "wrong"), ("1,037", "wrong"),
+        ("B37", "no_box"), ("none of them", "no_box"), ("", "no_box"), ("90-53=37", "correct"),
+        ("costs $37", "correct"), ("(50)-37", "correct"), ("37" * 600, "wrong"),
+    ],
+)  # fmt: skip
+def test_last_integer_reads_the_last_number_of_the_text(text, verdict):
+    verifier = Verifier(VerifierSettings(strictness="last_integer"))
+    assert verifier.verify(text, "37")[0] == verdict
+    assert verifier.verify_many([text, text], ["37", "38"])[0][0] == verdict

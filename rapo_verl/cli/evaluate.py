@@ -19,7 +19,7 @@ PRESETS = {
     "quick": {"n": 64, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8192},
 }
 Folders = Annotated[list[Path], typer.Argument(help="made by `rapo eval generate`")]
-Strictness = Annotated[str, typer.Option(help="of the verifier: integer, symmetric or math_verify")]
+Strictness = Annotated[str, typer.Option(help="of the verifier: integer, last_integer, symmetric or math_verify")]
 DEADLINE_S = 5.0
 
 

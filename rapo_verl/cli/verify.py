@@ -17,7 +17,7 @@ def verify(
     gold: Annotated[str | None, typer.Argument(help="the right answer")] = None,
     response: Annotated[str | None, typer.Argument(help="a model's text, with its answer in \\boxed{}")] = None,
     file: Annotated[Path | None, typer.Option(help="JSON lines, CSV or parquet with gold and response instead")] = None,
-    strictness: Annotated[str, typer.Option(help="integer, symmetric or math_verify")] = "symmetric",
+    strictness: Annotated[str, typer.Option(help="integer, last_integer, symmetric or math_verify")] = "symmetric",
     deadline: Annotated[float, typer.Option(help="seconds that one comparison may take")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="print a line of JSON each")] = False,
 ) -> None:
@@ -60,6 +60,8 @@ def _why(verdict: Any, gold: str, box: str | None, settings: Any) -> str:
     from rapo_verl.reward.answer import normalize, parse_integer
     from rapo_verl.reward.reading import read
 
+    if box is None and settings.strictness == "last_integer":
+        return "no number in the response"
     if box is None:
         return "no \\boxed{} in the response, or its last one never closes"
     if verdict == "timeout":

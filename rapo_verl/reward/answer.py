@@ -10,6 +10,8 @@ from rapo_verl.reward.verdict import Verdict
 MAX_BOX = 4096
 # ASCII digits only: \d would take other scripts' digits, int() as well.
 _INTEGER = re.compile(r"\s*([+-]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)\s*")
+# In a text: not inside a word or a number; a minus after one is an operation. A decimal is matched whole: no integer.
+_NUMBER = re.compile(r"(?<![0-9A-Za-z).])[+-]?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
 _BOX = re.compile(r"\\boxed(?![A-Za-z])\s*")
 # "\boxed 42": what stands there to the next space. A word is none: "as a \boxed answer".
 _BARE_BOX = re.compile(r"[-+]?(?:[0-9.,/]*[0-9]|\\[A-Za-z]+(?:\{[^{}\s]*\})*|[A-Za-z](?![A-Za-z]))(?=[\s.,;$)]|$)")
@@ -42,6 +44,12 @@ def _closed(text: str, begin: int) -> str | None:
             return text[begin : brace.start()]
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
     return None
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number in a text as it is written there, or None."""
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None
 
 
 def parse_integer(text: str) -> int | None:

@@ -5,7 +5,7 @@ from enum import Enum
 
 from rapo_verl.method.settings import one_of, out_of_bounds, setting
 
-STRICTNESS = ("integer", "symmetric", "math_verify")
+STRICTNESS = ("integer", "symmetric", "math_verify", "last_integer")
 
 
 class Verdict(str, Enum):
@@ -35,7 +35,8 @@ class VerifierSettings:
     # Processes, started on the first answer that is no integer. With R reward workers a run has R times as many.
     workers: int = setting(2, "a whole number >= 1", lambda x: x >= 1)
     # integer: only ASCII integers are ever right, no process is started. symmetric: part by part (`equality`), the same
-    # in both directions. math_verify: as math-verify compares, for published numbers.
+    # in both directions. math_verify: as math-verify compares, for published numbers. last_integer: as integer, but of
+    # the last number in the text, boxed or not: for models that do not know the box.
     strictness: str = one_of("symmetric", STRICTNESS)
     # Verdicts remembered, keyed by (right answer, box).
     cache_size: int = setting(16384, "a whole number >= 0", lambda x: x >= 0)

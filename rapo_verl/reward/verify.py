@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import lru_cache
 
-from rapo_verl.reward.answer import MAX_BOX, integer_verdict, last_boxed, normalize, parse_integer, quick_verdict
+from rapo_verl.reward.answer import (
+    MAX_BOX,
+    integer_verdict,
+    last_boxed,
+    last_number,
+    normalize,
+    parse_integer,
+    quick_verdict,
+)
 from rapo_verl.reward.pool import WorkerPool
 from rapo_verl.reward.verdict import Verdict, VerifierSettings
 
@@ -32,16 +40,16 @@ class Verifier:
         self.pool = WorkerPool(self.settings)
 
     def verify(self, response: str, ground_truth: str) -> tuple[Verdict, str | None]:
-        """Return the verdict on a response and the text of its last box (None: it has none).
+        """Return the verdict on a response and the answer that it gives (None: none), as the strictness reads it.
 
         ValueError: ``ground_truth`` is empty, or no integer where only integers are to be right.
         """
-        box = last_boxed(response)
+        box = self._answer(response)
         return Verdict(self._check(ground_truth, box).result()), box
 
     async def verify_async(self, response: str, ground_truth: str) -> tuple[Verdict, str | None]:
         """Return what `verify` does; a slow comparison holds up neither the event loop nor its executor."""
-        box = last_boxed(response)
+        box = self._answer(response)
         # Shielded: the comparison may serve others, whose task was not cancelled.
         return Verdict(await asyncio.shield(asyncio.wrap_future(self._check(ground_truth, box)))), box
 
@@ -55,7 +63,7 @@ class Verifier:
         """
         if len(responses) != len(ground_truths):
             raise ValueError(f"{len(responses)} responses but {len(ground_truths)} right answers")
-        keys = [(gold, last_boxed(response)) for gold, response in zip(ground_truths, responses)]
+        keys = [(gold, self._answer(response)) for gold, response in zip(ground_truths, responses)]
         futures = {key: self._check(*key) for key in dict.fromkeys(keys)}
         found = {key: Verdict(future.result()) for key, future in futures.items()}
         for key in [key for key, verdict in found.items() if verdict is Verdict.timeout and retry]:
@@ -84,6 +92,9 @@ class Verifier:
         """End the worker processes; waiting checks are cancelled."""
         self.pool.close()
 
+    def _answer(self, response: str) -> str | None:
+        return last_number(response) if self.settings.strictness == "last_integer" else last_boxed(response)
+
     def _check(self, gold: str, box: str | None) -> Future:
         """Return the future of a verdict: one that needs no process, a known one, one under way, or a new one."""
         verdict = self._at_once(gold, box)
@@ -105,7 +116,7 @@ class Verifier:
 
     def _at_once(self, gold: str, box: str | None) -> Verdict | None:
         """Return the verdict where no process is needed for it, else None."""
-        if self.settings.strictness == "integer":
+        if self.settings.strictness in ("integer", "last_integer"):
             return integer_verdict(gold, box)
         if len(gold) > MAX_BOX:
             raise ValueError(f"ground truth {gold[:80]!r}... has {len(gold)} characters; allowed: {MAX_BOX}")

