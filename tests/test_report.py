@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rapo_verl.method import passk
 from rapo_verl.report import figures as plots
-from rapo_verl.report.conclusion import conclusion
+from rapo_verl.report.conclusion import _difference, conclusion
 from rapo_verl.report.page import print_table, write_report
 from rapo_verl.report.statistics import compute, series, sign_test
 from rapo_verl.report.study import EvalResult, Study, role_in
@@ -296,12 +296,24 @@ def counts(name, correct, seed):
         ([40] * 28, [2] * 28, "A is ahead of B at every k from 1 to 32, everywhere significantly."),
         ([8] * 28, [8] * 28, "A and B have the same pass@k at every k."),
         ([9, *[8] * 27], [8] * 28, "A is ahead of B at every k from 1 to 32, nowhere significantly."),
+        # Equal at one end: 1 at every k from 8 on, and the same pass@1.
+        ([60] * 28, [64] * 28, "B is ahead of A at every k from 1 to 32 but 8, 16, 32, significantly up to k = "),
+        ([10, 6] * 14, [8] * 28, "B is ahead of A at every k from 1 to 32 but 1, "),
+        ([10, 6, 8] * 9 + [8], [6, 8, 10] * 9 + [8], "A and B have the same pass@k at every k."),
     ],
 )
 def test_verdict_says_who_is_ahead_where_and_whether_that_is_significant(a, b, words):
     said = conclusion(compute(Study((counts("A", a, 1), counts("B", b, 2)))))
     assert said.startswith(words)
     assert ("cross between k = 1 and k = 2" in said) == words.startswith("At k")
+
+
+def test_verdict_speaks_of_the_intervals_of_the_table():
+    study = Study((counts("A", [64] * 14 + [0] * 14, 1), counts("B", [20] * 28, 2)))
+    band, numbers = _difference(study, "A", "B"), compute(study)
+    rows = [numbers.by_key["all", "full", "B", "A", k] for k in study.ks]  # the table has the pair the other way round
+    want = [[-r.difference for r in rows], [-r.high for r in rows], [-r.low for r in rows]]
+    np.testing.assert_allclose(band[1:], want, atol=1e-11)
 
 
 def test_verdict_of_one_model_gives_its_counts():

@@ -79,6 +79,10 @@ def test_other_verifier_settings_or_samples_are_judged_again(store, monkeypatch)
     assert read_stated(score_path(store, 0))["basis"]["verifier"] == "another verifier"
     shard = next(shard for shard in plan().shards if shard.problem == 3)
     store.write(shard, Samples([1] * SHARD, ["stop"] * SHARD, [0.0] * SHARD, ["\\boxed{3}"] * SHARD))
+    with pytest.raises(Refused, match="verdicts on other samples than are there now; run `rapo eval score` again"):
+        read_responses(store)
+    assert score(store, VerifierSettings(), jobs=1) == 1
+    store.problems[5]["gold"] = "27"  # problems.json had a wrong key
     assert score(store, VerifierSettings(), jobs=1) == 1
 
 
@@ -149,9 +153,10 @@ def test_study_takes_hard_from_another_draw_of_the_same_weights(tmp_path):
     assert study.hard_choice.correct != study.results[0].correct
     with pytest.raises(Refused, match="none of the report's"):
         load_study([folders["rl"]], folders["base_draw2"])
-    score(Store.open(folders["rl"]), VerifierSettings(), jobs=1)
-    with pytest.raises(Refused, match="judged differently"):
-        load_study([folders["base"], folders["rl"]], None)
+    for settings in (VerifierSettings(), VerifierSettings(strictness="integer", deadline_s=9)):
+        score(Store.open(folders["rl"]), settings, jobs=1)
+        with pytest.raises(Refused, match="judged differently"):
+            load_study([folders["base"], folders["rl"]], None)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,8 @@ def test_page_of_a_collapse_says_so_first(tmp_path):
         ("reward_failure.txt", "", "The reward function failed"),
         (".lock", "", "No process trains here any more"),
         (".lock", '{"pid": 1}', "Training, and no alarm holds"),
-        ("bad_batches/step_3.pt", "", "NaN or infinity"),
+        ("bad_batches/step_41.pt", "", "NaN or infinity"),
+        ("bad_batches/step_3.pt", "", "Training, and no alarm holds"),  # mended, and gone on
     ],
 )
 def test_page_knows_how_a_run_ended(tmp_path, file, text, words):

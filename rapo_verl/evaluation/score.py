@@ -44,6 +44,14 @@ def score_path(store: Store, problem: int) -> Path:
     return store.folder / SCORES / f"{problem:05d}.parquet"
 
 
+def samples_sha256(store: Store, problem: int) -> str:
+    """Return the sha256 of what verdicts are on: a problem's right answer, and its texts as the shards' footers say."""
+    digest = hashlib.sha256(store.problems[problem]["gold"].encode())
+    for shard in store.shards_of(problem):
+        digest.update(read_stated(shard)["texts"].encode())
+    return digest.hexdigest()
+
+
 def score(
     store: Store,
     settings: VerifierSettings,
@@ -77,10 +85,9 @@ def _outdated(store: Store, settings: VerifierSettings) -> list[tuple[int, dict[
     """Return the problems to judge, each with what its verdicts will rest on; the others' are read, every page."""
     todo, faults = [], []
     for problem in range(len(store.problems)):
-        digest, path = hashlib.sha256(), score_path(store, problem)
+        path = score_path(store, problem)
         try:
-            for shard in store.shards_of(problem):
-                digest.update(read_stated(shard)["texts"].encode())
+            samples = samples_sha256(store, problem)
         except ShardError as error:
             faults.append(str(error))
             continue
@@ -89,7 +96,7 @@ def _outdated(store: Store, settings: VerifierSettings) -> list[tuple[int, dict[
             "strictness": settings.strictness,
             "deadline_s": settings.deadline_s,
             "memory_mb": settings.memory_mb,
-            "samples": digest.hexdigest(),
+            "samples": samples,
         }
         try:
             judged = read_stated(path).get("basis") == basis and read_table(path).num_rows == store.manifest["n"]

@@ -35,7 +35,8 @@ def samples(dump: list[dict[str, Any]]) -> dict[str, list[dict[str, str]]]:
     def told(record: dict[str, Any]) -> dict[str, str]:
         verdict = record.get("verdict") or record.get("score")
         summary = f"step {record.get('step')} · {verdict} · reward {record['score']:g} · right: {record.get('gts')}"
-        return {"summary": summary, "input": _cut(record.get("input")), "output": _cut(record.get("output"))}
+        texts = {key: cut(str(record.get(key)), CHARACTERS) for key in ("input", "output")}
+        return {"summary": summary, **texts}
 
     worst = sorted(dump, key=lambda record: (record["score"], -len(str(record.get("output")))))
     lists = {"Newest": dump[::-1], "Worst: least reward, then longest": worst}
@@ -44,8 +45,9 @@ def samples(dump: list[dict[str, Any]]) -> dict[str, list[dict[str, str]]]:
     return {title: [told(r) for r in list(found.values())[::-1][:SAMPLES]] for title, found in firsts.items() if found}
 
 
-def _cut(text: Any) -> str:
-    text, half = str(text), CHARACTERS // 2
-    return (
-        text if len(text) <= CHARACTERS else f"{text[:half]}\n … {len(text) - CHARACTERS} characters …\n{text[-half:]}"
-    )
+def cut(text: str, limit: int) -> str:
+    """Return a text with its middle left out where it is longer than the limit."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n[… {len(text) - 2 * half} characters left out …]\n{text[-half:]}"

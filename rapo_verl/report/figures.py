@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from rapo_verl.report.statistics import TRAINING_METRICS, Numbers, series
+from rapo_verl.report.statistics import TRAINING_METRICS, Numbers
 from rapo_verl.run.files import write_atomic
+from rapo_verl.run.signs import series
 
 # One colour a role, so that a model looks the same in every figure and table; the rest is Okabe and Ito's palette,
 # which people with any common colour blindness can tell apart.
@@ -46,22 +47,14 @@ def passk_figure(numbers: Numbers, colours: Mapping[str, str], parts: Sequence[t
     figure = Figure(figsize=(5.2 * columns, 4.1 * len(parts) / columns + 0.6), layout="constrained")
     axes = figure.subplots(len(parts) // columns, columns, squeeze=False)
     for axis, (label, scope) in zip(axes.ravel(), parts):
-        axis.set_title(_panel_title(numbers, label, scope))
+        draw = "the SAME draw" if numbers.study.same_draw else "another draw"
+        failed = f"\nthat the base failed in {draw}" if scope == "hard" else ""
+        axis.set_title(numbers.study.title_of(label, scope) + failed)
         _passk_panel(axis, numbers, label, scope, colours)
     for axis in axes[:, 0]:
         axis.set_ylabel("pass@k")
     _legend(figure, {r.name: r.role for r in numbers.study.results}, colours, columns=2 if columns == 1 else 5)
     return figure
-
-
-def _panel_title(numbers: Numbers, label: str, scope: str) -> str:
-    """Return the words over a panel: its set, where there are several, its scope and its size."""
-    problems = numbers.by_key[label, scope, numbers.study.base.name, 0].problems
-    place = "" if len(numbers.study.sets) == 1 else "All sets · " if label == "all" else f"{label} · "
-    if scope == "full":
-        return f"{place}Full · {problems} problems"
-    draw = "the SAME draw" if numbers.study.same_draw else "another draw"
-    return f"{place}Hard · {problems} problems\nthat the base failed in {draw}"
 
 
 def _passk_panel(axis: Axes, numbers: Numbers, label: str, scope: str, colours: Mapping[str, str]) -> None:

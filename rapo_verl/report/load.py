@@ -91,7 +91,7 @@ def load_study(
 
 def _judge(store: Store) -> str:
     basis = read_stated(score_path(store, 0))["basis"]
-    return f"{basis['verifier'][:12]} {basis['strictness']}"
+    return f"{basis['verifier'][:12]} {basis['strictness']}, {basis['deadline_s']:g} s, {basis['memory_mb']} MiB"
 
 
 def _settings(store: Store) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -18,9 +17,9 @@ from rapo_verl.report import figures as plots
 from rapo_verl.report.conclusion import conclusion
 from rapo_verl.report.statistics import TRAINING_METRICS, Numbers, compute, rates
 from rapo_verl.report.study import Study, role_in
-from rapo_verl.run.files import write_atomic
+from rapo_verl.run.files import filled, write_atomic
 
-LOGGER = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 # Problems in one line of the coverage matrix.
 BLOCK = 40
 _LATEX = str.maketrans(
@@ -42,7 +41,8 @@ def write_report(out_dir: str | os.PathLike[str], study: Study) -> Numbers:
     run_roles = {name: model_roles.get(name) or role_in(name) for name in study.histories}
     colours = plots.model_colours(model_roles | run_roles)
     training = plots.training_figures(numbers, run_roles, colours)
-    summary = {"verdict": conclusion(numbers), **numbers.as_json()}
+    verdict = conclusion(numbers)
+    summary = {"verdict": verdict, **numbers.as_json()}
 
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -58,30 +58,29 @@ def write_report(out_dir: str | os.PathLike[str], study: Study) -> Numbers:
         (out / "training.png").unlink(missing_ok=True)
     # Panels one by one, so that a phone shows them below each other.
     panels = [plots.passk_figure(numbers, colours, [part]) for part in study.parts]
-    write_atomic(out / "report.html", render_html(numbers, colours, panels, training[1:]))
-    LOGGER.info("report written to %s", out / "report.html")
+    write_atomic(out / "report.html", render_html(numbers, verdict, colours, panels, training[1:]))
+    logger.info("report written to %s", out / "report.html")
     return numbers
 
 
 def render_html(
-    numbers: Numbers, colours: Mapping[str, str], passk: Sequence[Figure], training: Sequence[Figure]
+    numbers: Numbers, verdict: str, colours: Mapping[str, str], passk: Sequence[Figure], training: Sequence[Figure]
 ) -> str:
     """Return the page: a figure a panel, a figure a training metric, one colour a model or run.
 
     Every text that came from outside is escaped by jinja2, figures are embedded as data.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"prob": _prob, "signed": _signed, "figures": _significant, "share": _share}
-    template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
     study, runs = numbers.study, numbers.training.values()
     longest = max((run["steps"] for run in runs), default=0)
     # Problems as the matrix shows them: those that the base solves most often first.
     order = sorted(range(len(study.base.ids)), key=lambda i: -study.base.correct[i])
-    return template.render(
+    return filled(
+        Path(__file__).parent / "report.html.j2",
+        {"prob": _prob, "signed": _signed, "figures": _significant, "share": _share},
         s=study,
         numbers=numbers,
         at=numbers.by_key,
-        verdict=conclusion(numbers),
+        verdict=verdict,
         names=study.names,
         top=study.ks[-1],
         rates={result.name: rates(result) for result in study.results if result.responses},

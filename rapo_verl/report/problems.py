@@ -82,11 +82,6 @@ def seen_again(run: Path) -> Seen | None:
     return Seen(len(pairs), gained, lost, change)
 
 
-def interval(ends: tuple[float, float]) -> str:
-    """Return an interval as text."""
-    return f"{ends[0]:.2f} to {ends[1]:.2f}"
-
-
 def told(seen: Seen) -> str:
     """Return what became of the problems in sentences."""
     counts = (

@@ -1,6 +1,7 @@
 """What responses look like: counts of verdicts, majority, guess, lengths; and the few texts behind each count."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,9 +12,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from rapo_verl import Refused
-from rapo_verl.evaluation.score import score_path
+from rapo_verl.evaluation.score import samples_sha256, score_path
 from rapo_verl.evaluation.store import ShardError, Store, read_stated, read_table
 from rapo_verl.method.passk import default_ks
+from rapo_verl.report.dumps import cut
 from rapo_verl.reward import Verdict
 from rapo_verl.reward.answer import normalize
 
@@ -61,18 +63,15 @@ def answer_key(text: str) -> str:
 def read_responses(store: Store) -> Responses:
     """Return what the responses of a judged folder look like; of all problems at once only numbers are in memory."""
     n, count = store.manifest["n"], len(store.problems)
-    # Right answers as they are compared, and the problems that have each.
-    places: dict[str, list[int]] = {}
-    for i, problem in enumerate(store.problems):
-        places.setdefault(answer_key(problem["gold"]), []).append(i)
-    # Of each problem, how often the right answer of each problem was given.
-    given = np.zeros((count, count), dtype=np.int32)
-    rows, majority, tokens, rights = [], [], [], []
+    golds = [answer_key(problem["gold"]) for problem in store.problems]
+    # How often each right answer was given to any problem, and to its own.
+    given: Counter[str] = Counter()
+    own, rows, majority, tokens, rights = [], [], [], [], []
     for i, table in enumerate(_tables(store)):
         right = (table.verdict == Verdict.correct).to_numpy()
         votes = table.answer.map({answer: answer_key(answer) for answer in table.answer.dropna().unique()})
-        for answer, times in votes.value_counts().items():
-            given[i, places.get(str(answer), [])] = times
+        own.append(int((votes == golds[i]).sum()))
+        given.update(votes[votes.isin(golds)])
         # -1: no answer; 0: a right one; above: one number for each answer.
         numbers, _ = pd.factorize(votes)
         classes = np.where(right, 0, np.where(numbers < 0, -1, numbers + 1))
@@ -82,7 +81,7 @@ def read_responses(store: Store) -> Responses:
         tokens.append(table.tokens.to_numpy())
         rights.append(right)
     problems = pd.DataFrame(rows)
-    problems["guess"] = (given.sum(axis=0) - given.diagonal()) / (max(count - 1, 1) * n)
+    problems["guess"] = (np.array([given[gold] for gold in golds]) - own) / (max(count - 1, 1) * n)
     return Responses(problems, np.stack(majority), _lengths(np.concatenate(tokens), np.concatenate(rights)))
 
 
@@ -92,12 +91,12 @@ def _tables(store: Store) -> Iterator[pd.DataFrame]:
     for problem in range(len(store.problems)):
         path = score_path(store, problem)
         try:
-            table, stated = read_table(path), read_stated(path)
+            table, basis, samples = read_table(path), read_stated(path)["basis"], samples_sha256(store, problem)
         except ShardError as error:
             raise Refused(f"{error}; run `rapo eval score {store.folder}` first") from error
-        if table.num_rows != store.manifest["n"]:
-            raise Refused(f"{path} holds {table.num_rows} verdicts of {store.manifest['n']}; run `rapo eval score`")
-        basis = {**stated["basis"], "samples": None}
+        if basis["samples"] != samples or table.num_rows != store.manifest["n"]:
+            raise Refused(f"{path} holds verdicts on other samples than are there now; run `rapo eval score` again")
+        basis["samples"] = None
         judge = judge or basis
         if judge != basis:
             raise Refused(f"{store.folder}: problems were judged by different verifiers; run `rapo eval score` again")
@@ -150,13 +149,5 @@ def samples_behind(store: Store, *, cells: int) -> list[list[dict[str, Any]]]:
         right = np.array(table["verdict"].to_pylist()) == Verdict.correct
         chosen = [*np.flatnonzero(right)[:RIGHT].tolist(), *np.flatnonzero(~right)[:OTHER].tolist()]
         rows = zip(table.take(chosen).to_pylist(), store.texts(problem, chosen))
-        found.append([row | {"text": _cut(text, limit)} for row, text in rows])
+        found.append([row | {"text": cut(text, limit)} for row, text in rows])
     return found
-
-
-def _cut(text: str, limit: int) -> str:
-    """Return a text with its middle left out where it is longer than the limit."""
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]}\n[… {len(text) - 2 * half} characters left out …]\n{text[-half:]}"

@@ -1,7 +1,7 @@
 """The numbers of a report as tidy tables: one row a set, scope, model and k. Pure functions of a study."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 
 from rapo_verl.method import passk
 from rapo_verl.report.study import EvalResult, Study
+from rapo_verl.run.signs import History, series
 
 # verl's and our metric names, in the order in which a report shows them: key, words, unit.
 TRAINING_METRICS = (
@@ -45,7 +46,7 @@ class Numbers:
         curves: set, scope, model, k, pass_at_k, low, high, exact, majority_at_k, guess_at_k; NaN where not known. Rows
             beyond n/2 hold enumerated values alone.
         sizes: set, scope, model, problems, solved; a scope may hold no problem.
-        differences: set, scope, a, b, k, difference, low, high, paired.
+        differences: set, scope, a, b, k, difference, low, high; of a less b.
         problems: set, problem, group, hard, model, correct, n, low, high (Clopper-Pearson).
         groups: group, problems, hard, model, pass_at_1, pass_at_top, solved, solved_hard.
     """
@@ -217,13 +218,7 @@ def rates(result: EvalResult) -> dict[str, Any] | None:
     }
 
 
-def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps (S,) and values (S,) of one metric where it was recorded and is finite."""
-    rows = [(h["step"], float(h[key])) for h in history if h.get(key) is not None and math.isfinite(h[key])]
-    return tuple(np.array(rows, dtype=np.float64).reshape(-1, 2).T)  # type: ignore[return-value]
-
-
-def _training(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _training(history: History) -> dict[str, Any]:
     final: dict[str, float | None] = {}
     for key, _, _ in TRAINING_METRICS:
         values = series(history, key)[1]

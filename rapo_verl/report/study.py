@@ -192,6 +192,11 @@ class Study:
         scopes = {"full": ~np.zeros_like(self.hard)} | ({"hard": self.hard} if self.hard_choice else {})
         return {(s, scope): members & mask for s, members in self.sets.items() for scope, mask in scopes.items()}
 
+    def title_of(self, label: str, scope: str) -> str:
+        """Return a part in words: its set, where there are several, its scope and its size."""
+        place = "" if len(self.sets) == 1 else "All sets · " if label == "all" else f"{label} · "
+        return f"{place}{scope.capitalize()} · {self.parts[label, scope].sum()} problems"
+
     @cached_property
     def pairs(self) -> list[tuple[EvalResult, EvalResult]]:
         """(a, b) for b the base and then each GRPO model: every other model against it, once a pair."""

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -18,9 +16,10 @@ from yaml import YAMLError
 
 from rapo_verl import Refused
 from rapo_verl.report.dumps import newest_dump, samples
-from rapo_verl.report.problems import SHOWN, Seen, interval, seen_again, told
+from rapo_verl.report.problems import SHOWN, Seen, seen_again, told
 from rapo_verl.run import folder
 from rapo_verl.run.alarms import Alarm, alarms
+from rapo_verl.run.files import filled
 from rapo_verl.run.lock import DEAD_SECONDS
 from rapo_verl.run.names import (
     BAD_BATCHES_DIR,
@@ -109,8 +108,10 @@ def _stands(run: Path, step: int, total: int | None, median: float | None, sound
     failure, stopped = run / FAILURE_FILE, run / STOPPED_FILE
     if failure.is_file():
         return f"The reward function failed: {failure}.", WARN
-    if any((run / BAD_BATCHES_DIR).glob("*.pt")):
-        return f"It stopped on NaN or infinity: rapo inspect-batch {run / BAD_BATCHES_DIR}/step_N.pt.", WARN
+    # One of an earlier step was mended, and trained on.
+    bad = [path for path in (run / BAD_BATCHES_DIR).glob("step_*.pt") if int(path.stem.removeprefix("step_")) > step]
+    if bad:
+        return f"It stopped on NaN or infinity: rapo inspect-batch {bad[0]}.", WARN
     ended = bool(total and step >= total)
     if sounding:
         if (run / COLLAPSED_FILE).is_file():
@@ -170,39 +171,14 @@ def _facts(history: History, median: float | None) -> list[tuple[str, str]]:
     return facts + ([("Verdicts of the last step", ", ".join(counts))] if counts else [])
 
 
-def curve(reading: Reading, *, width: int = 320, height: int = 96) -> Markup:
-    """Return a curve as SVG, with its lowest and highest value and its first and last step; numbers alone."""
-    steps, values = reading.steps, reading.values
-    if not len(values):
-        return Markup("")
-    low, high = float(values.min()), float(values.max())
-    span, length = (high - low) or 1.0, (steps[-1] - steps[0]) or 1.0
-    x = 52 + (steps - steps[0]) / length * (width - 60)
-    y = 8 + (high - values) / span * (height - 30) if high > low else np.full(len(values), height / 2 - 7)
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-    right = "" if len(values) == 1 else f'<text x="{width - 4}" y="{height - 4}" class="end">{steps[-1]:.0f}</text>'
-    bottom = "" if high == low else f'<text x="46" y="{height - 18}" class="end">{_label(low)}</text>'
-    top = 14 if high > low else height / 2 - 3
-    return Markup(
-        f'<svg viewBox="0 0 {width} {height}" role="img"><path d="M52 {height - 20}H{width - 6}"/>'
-        f'<polyline points="{line}"/><circle cx="{x[-1]:.1f}" cy="{y[-1]:.1f}" r="3"/>'
-        f'<text x="46" y="{top:.0f}" class="end">{_label(high)}</text>{bottom}'
-        f'<text x="52" y="{height - 4}">{steps[0]:.0f}</text>{right}</svg>'
-    )
-
-
-def _label(value: float) -> str:
-    return "0" if abs(value) < 1e-6 else f"{value:.2g}" if abs(value) < 0.1 else f"{value:.3g}"
-
-
 def render(shot: Snapshot, *, refresh: int | None = None) -> str:
     """Return the page; refresh: seconds after which a browser asks again."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((Path(__file__).parent / "watch.html.j2").read_text(encoding="utf-8"))
-    written = time.strftime("%F %T")
-    return template.render(
-        s=shot, curve=curve, told=told, interval=interval, shown=SHOWN, refresh=refresh, written=written
-    )
+    template, written = Path(__file__).parent / "watch.html.j2", time.strftime("%F %T")
+    return filled(template, {"tick": _tick}, s=shot, told=told, shown=SHOWN, refresh=refresh, written=written)
+
+
+def _tick(value: float) -> str:
+    return "0" if abs(value) < 1e-6 else f"{value:.2g}" if abs(value) < 0.1 else f"{value:.3g}"
 
 
 def show(shot: Snapshot, console: Console) -> None:

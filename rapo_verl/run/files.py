@@ -1,9 +1,13 @@
-"""Files that appear whole or not at all, and the sums by which they are known again."""
+"""Files that appear whole or not at all, the sums by which they are known again, and texts made from templates."""
 
 import hashlib
 import os
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -34,3 +38,16 @@ def file_crc32(path: Path) -> int:
         while block := stream.read(1 << 24):
             total = zlib.crc32(block, total)
     return total
+
+
+def filled(template: Path, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
+    """Return a Jinja template with these values, each of which it must find; in ``*.html.j2`` all text is escaped."""
+    environment = Environment(
+        autoescape=template.name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= filters or {}
+    return environment.from_string(template.read_text(encoding="utf-8")).render(values)
