@@ -121,14 +121,30 @@ def test_retention_counts_the_disk_and_spares_the_one_resumed_from(tmp_path):
     assert retain(tmp_path, None, never=0) == []
 
 
+def test_a_run_that_went_back_keeps_and_goes_on_from_what_it_saved_since(tmp_path):
+    for step in (6, 8, 2, 4):
+        make(tmp_path, step)
+    assert choose(tmp_path, WANTED) == (4, [])
+    assert retain(tmp_path, 2, never=0) == [6, 8]
+    assert [found.step for found in read_checkpoints(tmp_path)] == [2, 4]
+
+
+def test_save_over_a_checkpoint_that_was_left_counts_when_it_is_finished_only(tmp_path):
+    (make(tmp_path, 4) / "data.pt").write_bytes(b"of another world")
+    checkpoints.make_room(tmp_path, 4)
+    make(tmp_path, 4, whole=False)  # killed; its shards are as large as those that were there
+    (found,) = read_checkpoints(tmp_path)
+    assert not found.complete and not (found.folder / "data.pt").exists()
+
+
 def test_save_that_would_fill_the_disk_is_not_begun(tmp_path, monkeypatch):
-    checkpoints.need_room(tmp_path)  # the first has nothing to go by
+    checkpoints.make_room(tmp_path, 2)  # the first has nothing to go by
     make(tmp_path, 2)
-    checkpoints.need_room(tmp_path)
+    checkpoints.make_room(tmp_path, 4)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     with pytest.raises(Refused, match=r"No space left .* 0 MiB free.*Step 2 is saved"):
-        checkpoints.need_room(tmp_path)
+        checkpoints.make_room(tmp_path, 4)
 
 
 def test_flipped_byte_is_found_by_verify_and_not_by_size(tmp_path):

@@ -88,15 +88,19 @@ def finish(folder: Path, step: int, facts: dict[str, Any]) -> None:
 
 
 def read_checkpoints(root: Path) -> list[Checkpoint]:
-    """Return the checkpoints below ``root``, oldest first."""
+    """Return the checkpoints below ``root``, by their steps."""
     folders = [(re.fullmatch(r"global_step_(\d+)", folder.name), folder) for folder in root.glob("global_step_*")]
     found = [_read(int(match[1]), folder) for match, folder in folders if match and folder.is_dir()]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def whole_ones(root: Path) -> list[Checkpoint]:
-    """Return the checkpoints below ``root`` of which every file is there, oldest first."""
-    return [checkpoint for checkpoint in read_checkpoints(root) if checkpoint.complete]
+    """Return the checkpoints below ``root`` of which every file is there, in the order in which they were saved.
+
+    A run that has gone back, by ``trainer.resume_mode``, saves smaller steps than those that it has left.
+    """
+    whole = [checkpoint for checkpoint in read_checkpoints(root) if checkpoint.complete]
+    return sorted(whole, key=lambda checkpoint: checkpoint.manifest.get("time", 0.0))
 
 
 def _read(step: int, folder: Path) -> Checkpoint:
@@ -151,8 +155,7 @@ def choose(root: Path, wanted: dict[str, str], *, mend: bool = True) -> tuple[in
     Returns:
         The step that the run goes on from, 0 for a start, and what there is to say about it.
     """
-    found, tracker = read_checkpoints(root), root / TRACKER
-    whole = [checkpoint for checkpoint in found if checkpoint.complete]
+    found, whole, tracker = read_checkpoints(root), whole_ones(root), root / TRACKER
     named = tracker.read_text().strip() if tracker.exists() else ""
     steps = {checkpoint.step for checkpoint in found}
     if named.isdigit() and int(named) not in steps and not (root / f"global_step_{named}{ASIDE}").exists():
@@ -222,8 +225,12 @@ def check(checkpoint: Checkpoint, wanted: dict[str, str]) -> None:
         raise Refused(f"cannot go on from {checkpoint.folder}: " + "; ".join(wrong))
 
 
-def need_room(root: Path) -> None:
-    """Refuse to begin a save that would fill the disk: as large as the last one."""
+def make_room(root: Path, step: int) -> None:
+    """Remove what a run that has gone back left at the step that it saves now: half overwritten, it would look whole.
+
+    Refused: the disk would be full; a save takes as much as the last one.
+    """
+    shutil.rmtree(root / f"global_step_{step}", ignore_errors=True)
     whole = whole_ones(root)
     if not whole:
         return

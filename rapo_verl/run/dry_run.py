@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from omegaconf import DictConfig
-from transformers import AutoTokenizer
 
 from rapo_verl import Refused
 from rapo_verl.plan.report import show_plan
 from rapo_verl.run.checkpoints import whole_ones
-from rapo_verl.run.inputs import prompt_tokens, too_few_epochs
+from rapo_verl.run.inputs import prompt_tokens, tokenizer_of, too_few_epochs
 from rapo_verl.run.preflight import cpus_needed
 
 
@@ -19,7 +18,7 @@ def show_dry_run(config: DictConfig) -> None:
     """
     from verl.trainer.ppo.utils import create_rl_dataset
 
-    tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+    tokenizer = tokenizer_of(config.actor_rollout_ref.model)
     limit, batch, problems = config.data.max_prompt_length, config.data.train_batch_size, []
     for key in ("train_files", "val_files"):
         train = key == "train_files"
@@ -42,10 +41,10 @@ def show_dry_run(config: DictConfig) -> None:
     if problems:
         raise Refused(problems)
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
-    done = [checkpoint.step for checkpoint in whole_ones(Path(trainer.default_local_dir))]
+    done = [0, *(checkpoint.step for checkpoint in whole_ones(Path(trainer.default_local_dir)))]
     print(f"a step: {batch} prompts x {rollout.n} responses")
     last = trainer.total_training_steps or f"the last of {trainer.total_epochs} epoch(s)"
-    print(f"steps: {max(done, default=0)} to {last}, saved every {trainer.save_freq}, in {config.run_dir}")
+    print(f"steps: {done[-1]} to {last}, saved every {trainer.save_freq}, in {config.run_dir}")
     print(f"Ray must count {cpus_needed(config)} CPUs on a node for veRL's actors")
     if trainer.device != "cpu":
         try:

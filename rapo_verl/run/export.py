@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rapo_verl import Refused
-from rapo_verl.run.checkpoints import read_checkpoints
+from rapo_verl.run.checkpoints import read_checkpoints, whole_ones
 from rapo_verl.run.files import file_sha256
 from rapo_verl.run.inputs import may_be_hub_id
 from rapo_verl.run.names import CHECKPOINTS_DIR
@@ -22,10 +22,9 @@ def checkpoint_of(model: str) -> str:
     saved = Path(model) / CHECKPOINTS_DIR
     if not saved.is_dir():
         return model
-    found = read_checkpoints(saved)
-    whole = [checkpoint for checkpoint in found if checkpoint.complete]
+    whole = whole_ones(saved)
     if not whole:
-        lines = [f"  {checkpoint.folder}: {'; '.join(checkpoint.problems[:3])}" for checkpoint in found]
+        lines = [f"  {found.folder}: {'; '.join(found.problems[:3])}" for found in read_checkpoints(saved)]
         raise Refused("\n".join([f"{saved} has no complete checkpoint", *lines]))
     return str(whole[-1].folder)
 
@@ -47,7 +46,7 @@ def resolve_model(model: str) -> Path:
 
     try:
         return Path(snapshot_download(model, allow_patterns=list(_MODEL_FILES)))
-    except OSError as error:  # the hub's errors are
+    except (OSError, ValueError) as error:  # what the hub says, and of a name that cannot be one
         raise Refused(f"model {model} is neither a folder here nor to be had from the hub ({error})") from error
 
 

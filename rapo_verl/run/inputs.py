@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from jinja2 import TemplateError
 from omegaconf import DictConfig
 
 from rapo_verl.plan.job import files_of
@@ -23,10 +24,23 @@ def may_be_hub_id(model: str) -> bool:
     return model.count("/") == 1 and not model.startswith((".", "/", "~"))
 
 
-def problems_of_model(path: str) -> list[str]:
-    """Return why this is no model to start from; a hub's is asked for its config."""
+def tokenizer_of(model: DictConfig) -> Any:
+    """Return the tokenizer that veRL makes of ``actor_rollout_ref.model`` (verl 0.9.1 workers/config/model.py:153)."""
+    from transformers import AutoTokenizer
+
+    path = model.get("tokenizer_path") or model.path
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
+    if model.get("custom_chat_template"):
+        tokenizer.chat_template = model.custom_chat_template
+    return tokenizer
+
+
+def problems_of_model(model: DictConfig) -> list[str]:
+    """Return why ``actor_rollout_ref.model`` is no model to start from; a hub's is asked for its config."""
+    path, own_tokenizer = str(model.path), not model.get("tokenizer_path")
     if Path(path).exists():
-        missing = [name for name in ("config.json", "tokenizer_config.json") if not (Path(path) / name).is_file()]
+        wanted = ("config.json", "tokenizer_config.json")[: 1 + own_tokenizer]
+        missing = [name for name in wanted if not (Path(path) / name).is_file()]
         return [
             f"actor_rollout_ref.model.path {path} is no Hugging Face checkpoint: it lacks {', '.join(missing)}; "
             "give a folder with model, config and tokenizer, or a hub id"
@@ -40,7 +54,7 @@ def problems_of_model(path: str) -> list[str]:
 
     try:
         hf_hub_download(path, "config.json")
-    except OSError as error:  # the hub's errors are
+    except (OSError, ValueError) as error:  # what the hub says, and of a name that cannot be one
         return [
             f"actor_rollout_ref.model.path {path} is neither a folder here nor to be had from the hub "
             f"({type(error).__name__}); check the name, your token and the network, or download it first"
@@ -151,12 +165,7 @@ def _read(what: str, file: Path, config: DictConfig) -> tuple[list[str], int]:
         return [f"{what} does not exist; made by `rapo data prepare`, the toy's by `rapo toy make`"], 0
     wanted = [config.data.prompt_key, config.data.reward_fn_key, "reward_model"]
     try:
-        if kind == "JSON":
-            table = _read_json(file)
-        else:
-            parquet = pq.ParquetFile(file)
-            there = [name for name in wanted if name in parquet.schema_arrow.names]
-            table = parquet.read(there) if there else parquet.read().slice(0, 0)
+        table = read_table(file, wanted)
     except (OSError, ValueError, TypeError) as error:
         return [f"{what} is not a {kind or 'parquet'} file ({str(error)[:200]})"], 0
     if kind is None:
@@ -169,11 +178,16 @@ def _read(what: str, file: Path, config: DictConfig) -> tuple[list[str], int]:
     return [problem for problem in problems if problem], table.num_rows
 
 
-def _read_json(file: Path) -> pa.Table:
+def read_table(file: Path, columns: list[str]) -> pa.Table:
+    """Return those of the columns that a file of problems has."""
+    if KINDS.get(file.suffix) != "JSON":
+        parquet = pq.ParquetFile(file)
+        return parquet.read([name for name in columns if name in parquet.schema_arrow.names])
     text = file.read_text(encoding="utf-8-sig")
     lines = [text] if text.lstrip().startswith("[") else [line for line in text.splitlines() if line.strip()]
     rows = [json.loads(line) for line in lines]
-    return pa.Table.from_pylist(rows[0] if rows and isinstance(rows[0], list) else rows)
+    table = pa.Table.from_pylist(rows[0] if rows and isinstance(rows[0], list) else rows)
+    return table.select([name for name in columns if name in table.column_names])
 
 
 def _chats(what: str, prompts: pa.ChunkedArray) -> str:
@@ -221,18 +235,18 @@ def too_few_that_fit(config: DictConfig) -> list[str]:
     files = files_of(config, "train_files")
     if not data.filter_overlong_prompts or data.custom_cls.path or any(file.suffix != ".parquet" for file in files):
         return []
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+    batches = (b for file in files for b in pq.ParquetFile(file).iter_batches(1024, columns=[data.prompt_key]))
     fit, rows, shortest = 0, 0, float("inf")
-    for file in files:
-        for batch in pq.ParquetFile(file).iter_batches(1024, columns=[data.prompt_key]):
-            for row in batch.to_pylist():
-                tokens = prompt_tokens(row, config, tokenizer)
-                rows, shortest = rows + 1, min(shortest, tokens)
-                fit += tokens <= data.max_prompt_length
-                if fit >= data.train_batch_size:
-                    return []
+    try:
+        tokenizer = tokenizer_of(config.actor_rollout_ref.model)
+        for row in (row for batch in batches for row in batch.to_pylist()):
+            tokens = prompt_tokens(row, config, tokenizer)
+            rows, shortest = rows + 1, min(shortest, tokens)
+            fit += tokens <= data.max_prompt_length
+            if fit >= data.train_batch_size:
+                return []
+    except (OSError, ValueError, TemplateError) as error:  # there is no template, or it refuses the chat
+        return [f"data.train_files: the model's tokenizer cannot render a prompt ({str(error)[:300]})"]
     return [
         f"data.filter_overlong_prompts leaves {fit} of {rows} prompts at data.max_prompt_length="
         f"{data.max_prompt_length} (the shortest has {shortest} tokens), fewer than data.train_batch_size "

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rapo_verl import Refused
-from rapo_verl.run.checkpoints import finish, identity, need_room, retain
+from rapo_verl.run.checkpoints import finish, identity, make_room, retain
 from rapo_verl.run.files import write_atomic
 from rapo_verl.run.inputs import too_few_epochs
 from rapo_verl.run.names import COLLAPSED_FILE, RESUME_VARIABLE, STOPPED_FILE
@@ -61,7 +61,7 @@ class SurvivalMixin(GuardMixin, AlarmMixin):
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:948: its files are complete once this returns, and not before.
         started = time.monotonic()
         root = Path(self.config.trainer.default_local_dir)
-        need_room(root)
+        make_room(root, self.global_steps)
         super()._save_checkpoint()
         facts = {
             **identity(self.config),
