@@ -85,37 +85,36 @@ def _train(config: DictConfig, run_dir: Path, step: int, said: list[str], verbos
         for line in said:
             progress.say(line)
         start = log.tell()
-        child = subprocess.Popen(
-            [sys.executable, "-m", "rapo_verl.training.main", str(run_dir)],
-            stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True,
-        )  # fmt: skip
-        with no_process_left(child) as running, terminate_as_interrupt():
-            tail = log_path.open("r", errors="replace")
+        command = [sys.executable, "-m", "rapo_verl.training.main", str(run_dir)]
+        options = {"stdout": log, "stderr": subprocess.STDOUT, "env": env, "start_new_session": True}
+        with (
+            terminate_as_interrupt(),
+            no_process_left(command, **options) as child,
+            log_path.open("r", errors="replace") as tail,
+        ):
             tail.seek(start)
-            while running() and not stalled:
+            while child.poll() is None and not stalled:
                 time.sleep(0.5)
-                progress.update()
+                progress.look()
                 if verbose:
                     progress.echo(tail.read())
                 stalled = progress.idle_seconds() > 60 * (config.survival.stall_minutes or math.inf)
             if stalled:
                 dump_stacks(run_dir / names.STACKS_DIR, descendants(child.pid))
                 _dump_on_other_nodes()
-        progress.update()
-    if stalled:
+        progress.look()
+    code = names.STALLED if stalled else child.returncode
+    if code == names.STALLED:
         stacks = run_dir / names.STACKS_DIR
         print(f"\nNo step for {config.survival.stall_minutes} minutes: what each process did is in {stacks}")
-        return names.STALLED
-    if child.returncode == names.SAVED:
+    elif code == names.SAVED:
         print(f"\nSaved at {(run_dir / names.STOPPED_FILE).read_text().strip()}. The same command goes on from there.")
-        return names.SAVED
-    if child.returncode == names.COLLAPSED:
+    elif code == names.COLLAPSED:
         reason = (run_dir / names.COLLAPSED_FILE).read_text().strip()
         print(f"\nSaved, and ended because of an alarm: {reason}\nLook at it: rapo watch {run_dir}")
-        return names.COLLAPSED
-    if child.returncode != 0:
-        _explain_failure(run_dir, log_path, start, child.returncode)
-    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+    elif code != names.DONE:
+        _explain_failure(run_dir, log_path, start, code)
+    return code if code >= 0 else 128 - code
 
 
 def _dump_on_other_nodes() -> None:

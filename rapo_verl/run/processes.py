@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,24 @@ GRACE_SECONDS = 20
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl {option}")
+
+
 def adopt_orphans() -> None:
     """Make this process the parent of every descendant whose own parent ends, so that `descendants` finds them all.
 
     Ray's daemons leave their parent, and a process title overwrites the environment that could be searched for.
     """
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def end_with_parent(number: signal.Signals = signal.SIGINT) -> None:
     """Have the kernel send this process a signal when its parent ends, however it ends; by default an interrupt."""
     # A script's `rapo train &` starts with SIGINT ignored, and so would everything below it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    _prctl(_PR_SET_PDEATHSIG, number)
 
 
 def descendants(pid: int | None = None) -> list[psutil.Process]:
@@ -73,26 +76,25 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def end_descendants(grace: float) -> None:
-    """Ask every descendant to end, kill after ``grace`` seconds those that have not, and collect them."""
-    for process in descendants():
-        _send(process, kill=False)
-    _, alive = psutil.wait_procs(descendants(), timeout=grace)
-    # A process that is killed may have started another meanwhile.
-    for _ in range(10):
-        alive = descendants()
-        if not alive:
+def end_descendants(grace: float, spare: Collection[psutil.Process] = ()) -> None:
+    """Ask every descendant to end, kill after ``grace`` seconds those that have not, and collect them.
+
+    The children in ``spare``, and what they have started, are let alone.
+    """
+
+    def send(signal_name: str) -> list[psutil.Process]:
+        children = [child for child in psutil.Process().children() if child not in spare]
+        found = [process for child in children for process in (child, *descendants(child.pid))]
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                getattr(process, signal_name)()
+        return found
+
+    psutil.wait_procs(send("terminate"), timeout=grace)
+    for _ in range(10):  # a process that is killed may have started another meanwhile
+        if not (alive := send("kill")):
             break
-        for process in alive:
-            _send(process, kill=True)
         psutil.wait_procs(alive, timeout=2)
-
-
-def _send(process: psutil.Process, *, kill: bool) -> None:
-    try:
-        process.kill() if kill else process.terminate()
-    except psutil.NoSuchProcess:
-        return
 
 
 def dump_stacks(folder: Path, processes: list[psutil.Process]) -> None:
@@ -141,27 +143,19 @@ def terminate_as_interrupt() -> Iterator[None]:
 
 
 @contextmanager
-def no_process_left(child: subprocess.Popen) -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether the child runs; in the end, end it and every process it started."""
-    known: dict[int, psutil.Process] = {}
-
-    def running() -> bool:
-        # Remembered while they can be found; psutil compares creation times, so a reused pid is not taken for ours.
-        known.update((process.pid, process) for process in descendants(child.pid))
-        return child.poll() is None
-
+def no_process_left(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """Start a command (``options`` as for Popen); in the end, end it and every process that came of it."""
+    adopt_orphans()
+    others = psutil.Process().children()
+    child = subprocess.Popen(command, **options)
     try:
-        yield running
+        yield child
     finally:
-        if running():
+        if child.poll() is None:
             child.send_signal(signal.SIGINT)
             try:
                 child.wait(GRACE_SECONDS)
             except subprocess.TimeoutExpired:
-                running()
                 child.kill()
                 child.wait()
-        _, alive = psutil.wait_procs(list(known.values()), timeout=GRACE_SECONDS)
-        for process in alive:
-            logger.warning("ending a process that the run left: %s", process)
-            process.kill()
+        end_descendants(GRACE_SECONDS, spare=others)

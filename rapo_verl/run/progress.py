@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from omegaconf import DictConfig
@@ -25,41 +24,30 @@ def bar_interval() -> float:
     return 0.5 if sys.stderr.isatty() else 20.0
 
 
-class TrainingProgress:
+class TrainingProgress(Progress):
     """Shows steps done, time left and a few metrics; on a plain pipe, a line every tenth of the run."""
 
     def __init__(self, config: DictConfig, metrics_file: Path):
-        self.metrics_file = metrics_file
-        self.offset = 0
-        self.console = Console(stderr=True)
-        self.started = self.active = time.monotonic()
-        total = config.trainer.total_training_steps
-        self.line_every = max(1, (total or 100) // 10)
-        self.bar = Progress(
-            TextColumn("{task.fields[name]}"),
+        console, total = Console(stderr=True), config.trainer.total_training_steps
+        super().__init__(
+            TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[shown]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
+            console=console,
+            disable=not console.is_terminal,
         )
+        self.metrics_file, self.offset = metrics_file, 0
+        self.started = self.active = time.monotonic()
+        self.line_every = max(1, (total or 100) // 10)
         self.name = config.trainer.experiment_name
-        self.task = self.bar.add_task(
-            "train", total=total, name=self.name, shown="starting Ray, the models and vLLM (about a minute)"
-        )
+        self.bar = self.add_task(self.name, total=total, shown="starting Ray, the models and vLLM (about a minute)")
 
     def idle_seconds(self) -> float:
         """Return the seconds since a step was logged, or since the start."""
         return time.monotonic() - self.active
-
-    def __enter__(self) -> "TrainingProgress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.bar.stop()
 
     def say(self, text: str) -> None:
         """Print one line above the bar."""
@@ -70,7 +58,7 @@ class TrainingProgress:
         if text:
             self.console.out(text, end="", highlight=False)
 
-    def update(self) -> None:
+    def look(self) -> None:
         """Read what the run has logged since the last call."""
         if not self.metrics_file.exists():
             return
@@ -88,6 +76,6 @@ class TrainingProgress:
         shown = ", ".join(f"{label} {data[key]:{form}}" for key, label, form in SHOWN if key in data)
         if not shown:
             return
-        self.bar.update(self.task, completed=step, shown=shown)
+        self.update(self.bar, completed=step, shown=shown)
         if not self.console.is_terminal and (step % self.line_every == 0 or step == 1):
             self.say(f"{self.name}: step {step}, {time.monotonic() - self.started:.0f} s, {shown}")
