@@ -23,7 +23,7 @@ from rapo_verl import Refused
 from rapo_verl.reward.verdict import VerifierSettings
 from rapo_verl.run import launch, lock
 from rapo_verl.run.compose import compose_config
-from rapo_verl.run.folder import MAY_DIFFER, changes_of, differences, enter
+from rapo_verl.run.folder import MAY_DIFFER, changes_of, differences, enter, metrics_path, read_metrics
 from rapo_verl.run.inputs import too_few_epochs
 from rapo_verl.run.lock import NoLocksHereError, claimed, held
 from rapo_verl.run.preflight import problems_of
@@ -174,6 +174,20 @@ def test_dry_run_tells_another_run_s_folder_and_a_checkpoint_that_does_not_fit(t
     (problem,) = problems_of(toy())
     assert "its world is 2 ranks, fsdp2, this run's is 1 ranks, fsdp2" in problem
     assert not (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_metrics_of_a_run_that_went_back_are_those_of_its_last_start(tmp_path):
+    def start(*steps, **data):
+        path = metrics_path(tmp_path)
+        lines = [json.dumps({"step": step, "data": data}) for step in steps]
+        path.write_text("\n".join([*lines, '{"step": 9, "da']))  # killed as it wrote
+        return path.name
+
+    assert [start(1, 2, 3, 4, x=1.0), start(0, 1, x=0.0)] == ["0000.jsonl", "0001.jsonl"]
+    (tmp_path / "metrics" / "0000.jsonl").rename(tmp_path / "kept")
+    assert start(1, 2, x=2.0) == "0002.jsonl"  # veRL empties what it opens
+    (tmp_path / "kept").rename(tmp_path / "metrics" / "0000.jsonl")
+    assert [(record["step"], record["x"]) for record in read_metrics(tmp_path)] == [(0, 0.0), (1, 2.0), (2, 2.0)]
 
 
 # --- one process at a time ---

@@ -142,7 +142,7 @@ def metrics_path(run_dir: Path) -> Path:
     """Return a new metrics file; veRL's file logger truncates what it opens, so each start has its own."""
     folder = run_dir / names.METRICS_DIR
     folder.mkdir(exist_ok=True)
-    return folder / f"{len(list(folder.glob('*.jsonl'))):04d}.jsonl"
+    return folder / f"{max((int(path.stem) for path in folder.glob('*.jsonl')), default=-1) + 1:04d}.jsonl"
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -155,5 +155,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 logger.warning("%s: an unfinished line was left by a killed run; it is skipped", path)
                 continue
+            # A run that goes on from an earlier step has unlearned what came after it.
+            steps = {step: old for step, old in steps.items() if step <= record["step"]}
             steps.setdefault(record["step"], {"step": record["step"]}).update(record["data"])
-    return [steps[step] for step in sorted(steps)]
+    return list(steps.values())
