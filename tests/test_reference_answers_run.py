@@ -67,6 +67,8 @@ def test_run_takes_its_own_bases_answers_and_no_others(toy_dir, written, tmp_pat
     for changes, said in (
         ([f"actor_rollout_ref.model.path={other}"], "another base's"),
         ([f"data.train_files={toy_dir / 'train.parquet'}"], "another file"),
+        (["actor_rollout_ref.rollout.top_k=50"], "the run samples from 50"),
+        (["data.train_files=/no/such.parquet"], "another file"),
         (["actor_rollout_ref.rollout.temperature=0.7"], "temperature 1.0, the run samples at 0.7"),
         (["actor_rollout_ref.model.custom_chat_template='{{ messages[0].content }}x'"], "chat template"),
         (["reward.custom_reward_function.name=compute_score"], "judged with strictness integer"),
@@ -76,6 +78,11 @@ def test_run_takes_its_own_bases_answers_and_no_others(toy_dir, written, tmp_pat
     ):
         found = problems_of_answers(config_of(toy_dir, written, *changes))
         assert any(said in line for line in found), (changes, found)
+    # A run of the same problems in a file of another form is told by its sums, not by an exception of the reader.
+    lines = tmp_path / "train.jsonl"
+    lines.write_text("\n".join(map(json.dumps, pq.read_table(written[0]).to_pylist())))
+    (problem,) = problems_of_answers(config_of(toy_dir, written, f"data.train_files={lines}"))
+    assert "another file" in problem
     assert (
         problems_of_answers(
             config_of(toy_dir, written, "rapo.forward_kl.samples_coef=0", f"data.train_files={tmp_path}")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from rapo_verl.cli import app
 from rapo_verl.method.config import rapo_config_from
-from rapo_verl.run import preflight
+from rapo_verl.run import compose, preflight
 from rapo_verl.run.combinations import refused_combinations
 from rapo_verl.run.compose import compose_config
 from rapo_verl.run.preflight import cpus_needed, problems_of, too_few_cpus
@@ -59,6 +59,8 @@ ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
         ("data.train_files=[]", "data.train_files is []"),
         ("data.val_files=null", "data.val_files is None"),
         ("data.seed=x", "data.seed is 'x'"),
+        (f"{ROLLOUT}.seed=null", f"{ROLLOUT}.seed is None; allowed: a valid integer"),
+        ("actor_rollout_ref.model.path='a model/of mine'", "neither a folder here nor to be had from the hub"),
         ("actor_rollout_ref.model.lora_rank=-1", "lora_rank is -1"),
         ("trainer.total_epochs=1", "set trainer.total_epochs=6"),
         ("trainer.logger=[consle]", "allowed: wandb"),
@@ -183,6 +185,45 @@ def test_json_data_and_a_reader_of_the_users_are_taken(problems, tmp_path):
 def test_filter_that_leaves_no_batch_is_refused(problems):
     (problem,) = problems("data.filter_overlong_prompts=true", "data.max_prompt_length=2")
     assert "leaves 0 of 240 prompts" in problem
+    # In the template that veRL is given, not in the tokenizer's own.
+    short = "actor_rollout_ref.model.custom_chat_template='x'"
+    assert problems("data.filter_overlong_prompts=true", "data.max_prompt_length=2", short) == []
+    refuses = 'actor_rollout_ref.model.custom_chat_template="{{ raise_exception(1) }}"'
+    assert any(
+        "cannot render a prompt" in problem for problem in problems("data.filter_overlong_prompts=true", refuses)
+    )
+
+
+def test_tokenizer_may_lie_beside_the_model(problems, toy_dir, tmp_path):
+    for name, files in (("weights", ["config.json"]), ("words", ["tokenizer.json", "tokenizer_config.json"])):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_bytes((toy_dir / "model" / file).read_bytes())
+    bare = f"actor_rollout_ref.model.path={tmp_path}/weights"
+    assert any("lacks tokenizer_config.json" in problem for problem in problems(bare))
+    assert problems(bare, f"actor_rollout_ref.model.tokenizer_path={tmp_path}/words") == []
+
+
+def test_checkpoint_that_is_written_after_its_save_is_refused_where_verl_does_so():
+    for experiment, refused in (("qwen2.5_3b_rapo", True), ("qwen2.5_3b_rapo_fsdp2", False)):
+        config = compose_config([f"experiment={experiment}", f"{ACTOR}.checkpoint.async_save=true"])
+        found = refused_combinations(config, rapo_config_from(OmegaConf.to_container(config.rapo)), {})
+        assert any("async_save is true" in problem for problem in found) == refused
+
+
+def test_a_checkpoint_to_go_on_from_is_named_as_verl_reads_it(tmp_path, monkeypatch):
+    # It takes what follows "global_step_" for a number, and every node must see the same folder.
+    monkeypatch.chdir(tmp_path)
+    config = compose_config(["experiment=toy_rapo_cpu", "trainer.resume_from_path=a/global_step_5/"])
+    assert config.trainer.resume_from_path == f"{tmp_path}/a/global_step_5"
+    assert compose_config(["experiment=toy_rapo_cpu"]).trainer.resume_from_path is None
+
+
+@pytest.mark.parametrize("command", [["train", "experiment=toy_rapo_cpu"], ["inspect-batch", "no/such.pt"]])
+def test_what_is_not_there_ends_with_2_and_no_traceback(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(compose, "__file__", str(tmp_path / "rapo_verl" / "run" / "compose.py"))
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2, done.output
 
 
 @pytest.mark.parametrize("overrides", [[], ["actor_rollout_ref.model.use_remove_padding=false"]])

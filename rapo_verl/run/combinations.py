@@ -191,6 +191,13 @@ def _verls_faults(config: DictConfig, rapo: RapoConfig | None, shape: Mapping[st
         "actor_rollout_ref.actor.entropy_from_logits_with_chunking=true cannot be differentiated on Megatron, and "
         f"entropy_coeff is {actor.entropy_coeff}; set it to false, or rapo.head=fast",
     )
+    # verl 0.9.1 utils/checkpoint/megatron_checkpoint_manager.py:1164 writes on after the save has returned: nobody can
+    # tell when the checkpoint is whole.
+    yield (
+        actor.strategy != "megatron" or not actor.checkpoint.async_save,
+        "actor_rollout_ref.actor.checkpoint.async_save is true: a checkpoint would be taken for whole while veRL still "
+        "writes it; set it to false",
+    )
     # verl 0.9.1 models/transformers/dense_common.py:123 reads lm_head.weight, which utils/fsdp_utils.py:549 shards by
     # itself unless it is tied: outside its own forward it is a DTensor (verl pull request 7427).
     yield (

@@ -6,7 +6,6 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -15,6 +14,7 @@ from rapo_verl import Refused
 from rapo_verl.method.config import RapoConfig
 
 PARENT = "rapo"
+CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 # In recipe/experiment/cpu.yaml: vLLM's model in its core's process, unless it is shared out.
 OmegaConf.register_new_resolver("vllm_executor", lambda ranks: "uni" if ranks == 1 else "mp", replace=True)
 
@@ -23,7 +23,7 @@ def recipe_dir() -> Path:
     """Return the folder of the recipes, which is there if the package was installed with its clone."""
     folder = Path(__file__).resolve().parents[2] / "recipe"
     if not (folder / f"{PARENT}.yaml").is_file():
-        raise FileNotFoundError(
+        raise Refused(
             f"no recipes at {folder}: install from a clone with `pip install --no-deps -e .`, which keeps recipe/ "
             "beside rapo_verl/"
         )
@@ -40,29 +40,26 @@ def compose_config(overrides: list[str]) -> DictConfig:
     # Looked up without importing verl, which takes seconds.
     spec = importlib.util.find_spec("verl")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("veRL is not installed; run `make install`, then `rapo doctor`")
+        raise Refused("veRL is not installed; run `make install`, then `rapo doctor`")
     verl_config = Path(spec.origin).parent / "trainer" / "config"
     ConfigStore.instance().store(group="rapo", name="schema", node=_schema())
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(recipe_dir()), version_base=None, job_name="rapo"):
         config = compose(PARENT, [*overrides, f"hydra.searchpath=[file://{verl_config}]"], return_hydra_config=True)
-        HydraConfig.instance().set_config(config)
         choice = config.hydra.runtime.choices.get("experiment")
     with open_dict(config):
         del config["hydra"]
         if OmegaConf.is_missing(config, "run_dir"):
             config.run_dir = f"runs/{choice or 'rapo'}"
         config.recipe_dir = str(recipe_dir())
-        for key in ("run_dir", "toy_dir", "data_dir"):
-            if key in config:
-                config[key] = str(Path(config[key]).absolute())
+        for key in ("run_dir", "toy_dir", "data_dir", "trainer.resume_from_path"):
+            if value := OmegaConf.select(config, key):
+                OmegaConf.update(config, key, str(Path(value).absolute()))
         if config.trainer.experiment_name == "gsm8k":  # veRL's default
             config.trainer.experiment_name = choice or "rapo"
-        loggers = (
-            [config.trainer.logger] if isinstance(config.trainer.logger, str) else list(config.trainer.logger or ())
-        )
+        loggers = config.trainer.logger or []
         # Progress bar, watchdog and curves read this file: a run without it would be taken for one that hangs.
-        config.trainer.logger = loggers if "file" in loggers else [*loggers, "file"]
+        config.trainer.logger = list(dict.fromkeys([*([loggers] if isinstance(loggers, str) else loggers), "file"]))
     OmegaConf.resolve(config)
     return config
 
@@ -71,7 +68,7 @@ def compose_or_refuse(overrides: list[str]) -> DictConfig:
     """Return what `compose_config` does; what Hydra or OmegaConf have against the overrides is Refused."""
     try:
         return compose_config(overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except CONFIG_ERRORS as error:
         raise Refused(str(error)) from error
 
 

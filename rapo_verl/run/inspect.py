@@ -15,7 +15,8 @@ from torch import Tensor
 from rapo_verl import Refused
 from rapo_verl.run.checkpoints import check, damage, read_checkpoints
 from rapo_verl.run.export import exported, merge_into
-from rapo_verl.run.names import CHECKPOINTS_DIR, CONFIG_FILE
+from rapo_verl.run.inputs import tokenizer_of
+from rapo_verl.run.names import BAD_BATCHES_DIR, CHECKPOINTS_DIR, CONFIG_FILE
 
 # Per-token fields of a batch that the update reads; those that a run does not have are left out.
 FIELDS = ("rm_scores", "advantages", "returns", "old_log_probs", "ref_log_prob", "rollout_log_probs")
@@ -58,12 +59,10 @@ def export_checkpoint(run: Path, step: int, to: Path) -> Path:
 
 def inspect(file: Path, rows: int) -> list[str]:
     """Return what is wrong in a dumped batch, with its text where the run's tokenizer is to be had."""
+    if not file.is_file():
+        raise Refused(f"{file} is not there; a run that stops on NaN leaves RUN/{BAD_BATCHES_DIR}/step_N.pt")
     config = file.resolve().parent.parent / CONFIG_FILE
-    decode = None
-    if config.exists():
-        from transformers import AutoTokenizer
-
-        decode = AutoTokenizer.from_pretrained(OmegaConf.load(config).actor_rollout_ref.model.path).decode
+    decode = tokenizer_of(OmegaConf.load(config).actor_rollout_ref.model).decode if config.exists() else None
     return describe(file, decode, rows)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from rapo_verl import Refused
 from rapo_verl.method.config import RapoConfig, rapo_config_from
@@ -24,17 +23,12 @@ from rapo_verl.reward.function import reward_settings
 from rapo_verl.run import inputs
 from rapo_verl.run.checkpoints import resume_point
 from rapo_verl.run.combinations import refused_combinations
-from rapo_verl.run.compose import compose_config
-from rapo_verl.run.doctor import has_gpu
+from rapo_verl.run.compose import CONFIG_ERRORS, compose_config
+from rapo_verl.run.doctor import PADDED_ATTENTION, has_gpu
 from rapo_verl.run.folder import changes_of
 from rapo_verl.run.reference_answers import problems_of_answers
 from rapo_verl.run.values import RESUME_MODES, ignored_keys, wrong_names, wrong_values
 
-# torch's attention, over padded sequences: what trains where flash-attn is missing.
-PADDED_ATTENTION = (
-    "actor_rollout_ref.model.use_remove_padding=false",
-    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-)
 # Free disk below which a run is not started, in bytes.
 MIN_FREE_DISK = 1 << 30
 
@@ -57,7 +51,7 @@ def problems_of(config: DictConfig) -> list[str]:
             default = OmegaConf.select(defaults, key)
             OmegaConf.update(mended, key, 1 if default is None else default)
     path = config.actor_rollout_ref.model.path
-    model, data = inputs.problems_of_model(path), inputs.problems_of_data(mended)
+    model, data = inputs.problems_of_model(config.actor_rollout_ref.model), inputs.problems_of_data(mended)
     rapo, ours = _settings_of_ours(config)
     together = data + refused_combinations(mended, rapo, _model_config(path)) + ([] if model else _layout(mended))
     if not model and not data:
@@ -166,13 +160,11 @@ def _verls_own(config: DictConfig) -> list[str]:
         for what, ask in asked.items():
             try:
                 ask()
-            except (AssertionError, ValueError, TypeError, NotImplementedError, HydraException) as error:
+            except (AssertionError, ValueError, TypeError, NotImplementedError, *CONFIG_ERRORS) as error:
+                cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
                 # An assertion of veRL's without a message is told by its line.
-                cause = error.__cause__ or error
                 said = str(cause) or traceback.extract_tb(cause.__traceback__)[-1].line or ""
                 found.append(f"veRL refuses {what}: {' '.join(said.split())[:500]}")
-            except OmegaConfBaseException as error:
-                found.append(f"veRL refuses {what}: {' '.join(str(error).split())[:500]}")
     return found
 
 

@@ -22,7 +22,7 @@ from rapo_verl.plan.job import files_of
 from rapo_verl.reward import VerifierSettings
 from rapo_verl.run.export import model_sha256, resolve_model
 from rapo_verl.run.files import file_sha256
-from rapo_verl.run.inputs import OUR_REWARD
+from rapo_verl.run.inputs import OUR_REWARD, read_table, tokenizer_of
 
 ANSWERS_FILE = "answers.parquet"
 FORMAT = "rapo_verl.reference_answers/1"
@@ -134,65 +134,63 @@ def problems_of_answers(config: DictConfig) -> list[str]:
     if kl.samples_coef == 0:
         return []
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    mode, model = config.trainer.v1.trainer_mode, config.actor_rollout_ref.model.path
     found = []
-    if not config.trainer.v1.trainer_mode.startswith("rapo_"):
-        mode = config.trainer.v1.trainer_mode
+    if not mode.startswith("rapo_"):
         found.append(f"rapo.forward_kl.samples_coef > 0 needs trainer.v1.trainer_mode=rapo_{mode}")
-    horizon = actor.loss_scale_factor
     try:
-        token_weights(torch.ones(1), torch.ones(1), loss_agg_mode=actor.loss_agg_mode, horizon=horizon)
+        token_weights(torch.ones(1), torch.ones(1), loss_agg_mode=actor.loss_agg_mode, horizon=actor.loss_scale_factor)
     except ValueError as error:
         found.append(f"rapo.forward_kl.samples_coef > 0 with actor_rollout_ref.actor.{error}")
     try:
-        answers = answers_of_run(config)
+        answers, base = answers_of_run(config), model_sha256(resolve_model(model))
     except Refused as error:
         return [*found, str(error)]
     assert answers is not None
-    stated, model = answers.stated, config.actor_rollout_ref.model.path
-    try:
-        base = model_sha256(resolve_model(model))
-    except Refused as error:
-        return [*found, str(error)]
-    reward = config.reward.custom_reward_function
-    if reward.path == OUR_REWARD:
-        given = (reward.get("reward_kwargs") or {}).get("verifier") or {}
-        integer = reward.name == "compute_integer_score"
-        strictness = "integer" if integer else given.get("strictness", VerifierSettings().strictness)
-        if stated["strictness"] != strictness:
-            found.append(
-                f"rapo.forward_kl.samples were judged with strictness {stated['strictness']}, the run's reward has "
-                f"{strictness}; `rapo reference-answers {kl.samples} --strictness {strictness}`"
-            )
+    stated, strictness = answers.stated, _strictness(config)
+    if strictness not in (None, stated["strictness"]):
+        found.append(
+            f"rapo.forward_kl.samples were judged with strictness {stated['strictness']}, the run's reward has "
+            f"{strictness}; `rapo reference-answers {kl.samples} --strictness {strictness}`"
+        )
     for name in ("temperature", "top_p"):
         if stated["sampling"][name] != rollout[name]:
             found.append(
                 f"rapo.forward_kl.samples were drawn at {name} {stated['sampling'][name]}, the run samples at "
                 f"{rollout[name]}: the reference would be another one; {HOW}, with --{name.replace('_', '-')}"
             )
+    if rollout.top_k > 0:
+        found.append(
+            f"rapo.forward_kl.samples were drawn from all tokens, the run samples from {rollout.top_k}: the reference "
+            "would be another one; set actor_rollout_ref.rollout.top_k=-1"
+        )
     if stated["model_sha256"] != base:
         found.append(
             f"rapo.forward_kl.samples {kl.samples} are another base's ({stated['model']}) than actor_rollout_ref.model."
             f"path {model}: its weights, tokenizer or chat template differ; {HOW}"
         )
     files = files_of(config, "train_files")
-    shas = sorted(file_sha256(file) for file in files)
-    if shas != sorted(stated["data_sha256"].values()):
+    if sorted(file_sha256(file) for file in files if file.is_file()) != sorted(stated["data_sha256"].values()):
         found.append(f"rapo.forward_kl.samples {kl.samples} answer another file than data.train_files; {HOW}")
-    elif not found:
-        found += _unknown_prompts(config, answers, files)
-    return found
+    return found or _unknown_prompts(config, answers, files)
+
+
+def _strictness(config: DictConfig) -> str | None:
+    """Return how the run's reward compares answers, None if it is not ours."""
+    reward = config.reward.custom_reward_function
+    if reward.path != OUR_REWARD:
+        return None
+    given = (reward.get("reward_kwargs") or {}).get("verifier") or {}
+    integer = reward.name == "compute_integer_score"
+    return "integer" if integer else given.get("strictness", VerifierSettings().strictness)
 
 
 def _unknown_prompts(config: DictConfig, answers: ReferenceAnswers, files: Sequence[Path]) -> list[str]:
     """Return whether any training prompt, rendered as veRL does, is none of those that were answered."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(config.actor_rollout_ref.model.path))
-    if config.actor_rollout_ref.model.get("custom_chat_template"):
-        tokenizer.chat_template = config.actor_rollout_ref.model.custom_chat_template
+    tokenizer = tokenizer_of(config.actor_rollout_ref.model)
     options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
-    turns = [turn for file in files for turn in pq.read_table(file, columns=["prompt"])["prompt"].to_pylist()]
-    texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
+    chats = [chat for file in files for chat in read_table(file, [config.data.prompt_key])[0].to_pylist()]
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, **options)
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
     unknown = sum(prompt_key(prompt) not in answers.row_of for prompt in prompts)
     if not unknown:

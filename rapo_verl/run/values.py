@@ -42,8 +42,9 @@ _ALLOWED: list[tuple[Any, str]] = [
         actor.ppo_micro_batch_size_per_gpu transfer_queue.backend.SimpleStorage.num_data_storage_units
         ray_kwargs.ray_init.num_cpus""",
     ),
-    (Whole, "trainer.save_freq trainer.test_freq rollout.top_k"),  # -1 switches off, as does any number below 1
-    (Whole | None, "trainer.max_actor_ckpt_to_keep data.seed rollout.seed"),
+    # -1 switches off, as does any number below 1; of rollout.seed each response's own is made.
+    (Whole, "trainer.save_freq trainer.test_freq rollout.top_k rollout.seed"),
+    (Whole | None, "trainer.max_actor_ckpt_to_keep data.seed"),
     (Natural, "data.dataloader_num_workers actor_rollout_ref.model.lora_rank"),
     (
         NotNegative,
