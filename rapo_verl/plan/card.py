@@ -31,6 +31,7 @@ GPUS = {
     "rtx4090": Gpu(23.6, 165, 1.01),
 }
 SMI_SECONDS = 30
+NO_SMI = "there is no nvidia-smi"
 
 
 def card(name: str | None) -> Gpu:
@@ -48,10 +49,7 @@ def card(name: str | None) -> Gpu:
 
 def _card_here() -> Gpu | None:
     """Return the smallest card of this machine, its memory as its driver says; None without one that answers."""
-    try:
-        _, rows = nvidia_smi("memory.total,name") or ("", [])
-    except TimeoutError:
-        return None
+    _, rows = nvidia_smi("memory.total,name")
     cards = [(int(row[0]), row[1]) for row in rows if len(row) == 2 and row[0].isdigit()]
     if not cards:
         return None
@@ -61,22 +59,18 @@ def _card_here() -> Gpu | None:
     return replace(known, memory_gib=mib / 1024, name=f"{name}, the card here")
 
 
-def nvidia_smi(fields: str) -> tuple[str, list[list[str]]] | None:
-    """Return what nvidia-smi says, and its rows (a GPU each; none if it failed); None where there is no nvidia-smi.
-
-    Raises:
-        TimeoutError: it hangs.
-    """
+def nvidia_smi(fields: str) -> tuple[str, list[list[str]]]:
+    """Return what nvidia-smi says, and its rows: a GPU each, none if it failed, hangs or is not there (`NO_SMI`)."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
-        return None
+        return NO_SMI, []
     query = [smi, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         said, _ = process.communicate(timeout=SMI_SECONDS)
-    except subprocess.TimeoutExpired as error:
+    except subprocess.TimeoutExpired:
         # Not waited for: where the driver hangs, the kernel keeps it even from a SIGKILL.
         process.kill()
-        raise TimeoutError(f"nvidia-smi hangs ({SMI_SECONDS} s)") from error
+        return f"nvidia-smi hangs ({SMI_SECONDS} s)", []
     rows = [[part.strip() for part in line.split(",")] for line in said.splitlines()]
     return said.strip() or f"nvidia-smi ended with {process.returncode}", [] if process.returncode else rows

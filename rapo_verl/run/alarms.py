@@ -5,24 +5,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rapo_verl.run.signs import (
-    GROUPS,
-    PROBLEMS,
-    UNBIASED,
-    WINDOW,
-    History,
-    group_size,
-    series,
-    smooth,
-    tolerance,
-    validated,
-)
+from rapo_verl.run import signs
+from rapo_verl.run.signs import GROUPS, PROBLEMS, UNBIASED, History, series
 
 # Records in a row for which a rule must hold before it speaks.
 PERSIST = 3
 # What the rules read, beside the training groups and validation.
 READ = ("critic/rewards/mean", "actor/entropy", "rapo/truncated", "rapo/reference_mass_sampled")
-NAMES = ("unlearned", "noise", "runaway", "narrowed", "sharpened", "breadth")
+SENTENCES = {
+    "unlearned": "The reward has fallen under half of its best, and stays there.",
+    "noise": "Entropy is over twice its start while the reward falls: the policy turns into noise; a smaller "
+    "entropy_coeff.",
+    "runaway": "More than half of the responses are cut off, twice as many as at the start, and the reward falls.",
+    "narrowed": "Entropy is under a fifth of its start and 30 % of the reference's mass is never sampled: modes are "
+    "lost.",
+    "sharpened": "pass@1 of the training groups rises, but where an answer fails, others help a quarter as often as at "
+    "the start: a problem's answers become all right or all wrong.",
+}
+NAMES = (*SENTENCES, "breadth")
 
 
 class Alarm(NamedTuple):
@@ -37,30 +37,19 @@ def alarms(history: History) -> list[Alarm]:
     """Return the rules of collapse that hold now and have held for `PERSIST` records or more."""
     reward, entropy, cut, mass = (_aligned(history, key) for key in READ)
     best = np.fmax.accumulate(reward) if len(reward) else reward
-    low = (best >= 0.05) & (reward < 0.5 * best)
+    low, falls = (best >= signs.LEAST_REWARD) & (reward < signs.UNLEARNED * best), reward < 0.8 * best
     once, helped = _helped(history)
-    rules = (
-        ("unlearned", low, "The reward has fallen under half of its best, and stays there."),
-        ("noise", (entropy > 2 * _start(entropy)) & (reward < 0.8 * best), MELTED),
-        ("runaway", (cut > 0.5) & (cut > 2 * _start(cut)) & (reward < 0.8 * best), RUNAWAY),
-        ("narrowed", (entropy < 0.2 * _start(entropy)) & (mass < 0.7), NARROWED),
-        ("sharpened", (helped < 0.25 * _start(helped)) & (once > _start(once)), SHARPENED),
-    )
-    found = []
-    for name, holds, sentence in rules:
-        held = _held(holds)
-        if held >= PERSIST:
-            found.append(Alarm(name, int(history[-held]["step"]), sentence))
+    noise, narrow = entropy > signs.MELTED * _start(entropy), entropy < signs.NARROWED * _start(entropy)
+    rules = {
+        "unlearned": low,
+        "noise": noise & falls,
+        "runaway": (cut > signs.CUT_OFF) & (cut > 2 * _start(cut)) & falls,
+        "narrowed": narrow & (mass < signs.MODES_LOST),
+        "sharpened": (helped < 0.25 * _start(helped)) & (once > _start(once)),
+    }
+    held = {name: _held(holds) for name, holds in rules.items()}
+    found = [Alarm(name, int(history[-n]["step"]), SENTENCES[name]) for name, n in held.items() if n >= PERSIST]
     return found + _breadth(history)
-
-
-MELTED = "Entropy is over twice its start while the reward falls: the policy turns into noise; a smaller entropy_coeff."
-RUNAWAY = "More than half of the responses are cut off, twice as many as at the start, and the reward falls."
-NARROWED = "Entropy is under a fifth of its start and 30 % of the reference's mass is never sampled: modes are lost."
-SHARPENED = (
-    "pass@1 of the training groups rises, but where an answer fails, others help a quarter as often as at the start: "
-    "a problem's answers become all right or all wrong."
-)
 
 
 def _held(holds: np.ndarray) -> int:
@@ -70,7 +59,7 @@ def _held(holds: np.ndarray) -> int:
 
 def _helped(history: History) -> tuple[np.ndarray, np.ndarray]:
     """Return pass@1 of the training groups, and of the answers that fail the share that n attempts make up for."""
-    once, most = (_aligned(history, f"{GROUPS}{k}") for k in (1, group_size(history)))
+    once, most = (_aligned(history, f"{GROUPS}{k}") for k in (1, signs.group_size(history)))
     # Where everything is right there is nothing to make up for.
     return once, (most - once) / np.where(once < 1, 1 - once, np.nan)
 
@@ -78,13 +67,13 @@ def _helped(history: History) -> tuple[np.ndarray, np.ndarray]:
 def _aligned(history: History, key: str) -> np.ndarray:
     """Return `smooth` of one metric at every record, (records,); NaN, of which no rule holds, where it is missing."""
     steps, values = series(history, key)
-    place = dict(zip(steps, smooth(values)))
+    place = dict(zip(steps, signs.smooth(values)))
     return np.array([place.get(record["step"], np.nan) for record in history], dtype=np.float64)
 
 
 def _start(values: np.ndarray) -> float:
     known = values[np.isfinite(values)]
-    return float(known[min(WINDOW, len(known)) - 1]) if len(known) else np.nan
+    return float(known[min(signs.WINDOW, len(known)) - 1]) if len(known) else np.nan
 
 
 def _breadth(history: History) -> list[Alarm]:
@@ -93,7 +82,7 @@ def _breadth(history: History) -> list[Alarm]:
     At half of the answers that it samples: at all of them one answer more decides on a problem.
     """
     attempts: dict[str, list[int]] = {}
-    for key in validated(history):
+    for key in signs.validated(history):
         source, _, last = key.removeprefix(UNBIASED).rpartition("/")
         if key.startswith(UNBIASED) and last.isdigit():
             attempts.setdefault(source, []).append(int(last))
@@ -101,7 +90,7 @@ def _breadth(history: History) -> list[Alarm]:
     for source, ks in attempts.items():
         k = sorted(ks)[-2 if len(ks) > 2 else -1]
         steps, values = series(history, f"{UNBIASED}{source}/{k}")
-        held = _held(values < values[0] - tolerance(history, source)) if len(values) else 0
+        held = _held(values < values[0] - signs.tolerance(history, source)) if len(values) else 0
         if held >= 2:
             told = f"{source}: pass@{k} fell from {values[0]:.3f} to {values[-1]:.3f}."
             found.append(Alarm("breadth", int(steps[-held]), told))

@@ -30,17 +30,20 @@ VERSIONS = {
 # Ray before this has no token authentication.
 MIN_RAY = (2, 52)
 # What a run on a GPU imports, and what to do where it cannot. Built for another torch, they take the process with them.
-PADDED = (
-    "train with actor_rollout_ref.model.use_remove_padding=false and "
-    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa"
+# torch's attention, over padded sequences: what trains where flash-attn is missing.
+PADDED_ATTENTION = (
+    "actor_rollout_ref.model.use_remove_padding=false",
+    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
 )
+_MEGATRON = "only Megatron needs it: requirements/rapo.def"
 MODULES = {
     "vllm": "make gpu",
-    "flash_attn": f"no wheel fits every torch: {PADDED}, or take requirements/rapo.def",
+    "flash_attn": f"no wheel fits every torch: train with {' and '.join(PADDED_ATTENTION)}, or take "
+    "requirements/rapo.def",
     "flashinfer": "vLLM 0.24 dies as it makes its sampler: export VLLM_USE_FLASHINFER_SAMPLER=0",
-    "transformer_engine": "only Megatron needs it: requirements/rapo.def",
-    "megatron.core": "only Megatron needs it: requirements/rapo.def",
-    "apex": "only Megatron needs it: requirements/rapo.def",
+    "transformer_engine": _MEGATRON,
+    "megatron.core": _MEGATRON,
+    "apex": _MEGATRON,
 }
 # Without these a run is made otherwise, or is of another kind; one that is there must import all the same.
 OPTIONAL = {"flash_attn", "transformer_engine", "megatron.core", "apex"}
@@ -66,7 +69,7 @@ def examine(gpu: bool = False) -> list[Finding]:
         _python(),
         glibc(),
         *(_version(name, pins[0 if _is_cpu_build() else 1]) for name, pins in VERSIONS.items()),
-        _ray(),
+        ray_version(),
         _plugin(),
         _recipes(),
         *([*map(imports, MODULES), two_flash_attentions()] if on_gpu else []),
@@ -86,12 +89,11 @@ def has_gpu() -> bool:
 
 
 def _without_gpu() -> str:
-    with suppress(TimeoutError):
-        _, rows = nvidia_smi("name") or ("", [])
-        if rows:
-            why = ".venv-gpu's does (make gpu)" if _is_cpu_build() else "CUDA_VISIBLE_DEVICES, or libcuda, hides them"
-            return f"cpu: this torch sees none of the GPUs of nvidia-smi ({len(rows)}); {why}"
-    return "cpu"
+    _, rows = nvidia_smi("name")
+    if not rows:
+        return "cpu"
+    why = ".venv-gpu's does (make gpu)" if _is_cpu_build() else "CUDA_VISIBLE_DEVICES, or libcuda, hides them"
+    return f"cpu: this torch sees none of the GPUs of nvidia-smi ({len(rows)}); {why}"
 
 
 def _is_cpu_build() -> bool:
@@ -118,37 +120,25 @@ def glibc() -> Finding:
 
 
 def _version(name: str, pin: str | None) -> Finding:
-    found = None
-    for distribution in (name, f"{name}-cpu"):
-        try:
-            found = importlib.metadata.version(distribution)
-            break
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = next(iter(installed((name, f"{name}-cpu")).values()), None)
     if found is None:
         return Finding(name, "missing", False, INSTALL)
     same = pin is None or found.split("+")[0] == pin
     return Finding(name, found, same, f"this project is tested with {pin}: {INSTALL}")
 
 
-def _ray() -> Finding:
-    try:
-        found = importlib.metadata.version("ray")
-    except importlib.metadata.PackageNotFoundError:
-        return Finding("ray", "missing", False, INSTALL)
-    version = tuple(int(part) for part in found.split(".")[:2])
-    return Finding("ray", found, version >= MIN_RAY, f"ray >= {'.'.join(map(str, MIN_RAY))} has token authentication")
+def ray_version() -> Finding:
+    """Return Ray's version: those before `MIN_RAY` have no token authentication."""
+    found = installed(("ray",)).get("ray", "missing")
+    new = found != "missing" and tuple(int(part) for part in found.split(".")[:2]) >= MIN_RAY
+    return Finding("ray", found, new, f"ray >= {'.'.join(map(str, MIN_RAY))} has token authentication: {INSTALL}")
 
 
 def driver() -> Finding:
     """Return what nvidia-smi says of the driver, against CUDA 13."""
-    mend = "the site's: nvidia-smi must answer"
-    try:
-        said, rows = nvidia_smi("driver_version") or ("there is no nvidia-smi", [])
-    except TimeoutError as error:
-        return Finding("NVIDIA driver", str(error), False, mend)
+    said, rows = nvidia_smi("driver_version")
     if not rows or not rows[0][0].split(".")[0].isdigit():
-        return Finding("NVIDIA driver", f"nvidia-smi names none: {said}", False, mend)
+        return Finding("NVIDIA driver", f"nvidia-smi names none: {said}", False, "the site's: it must answer")
     new = int(rows[0][0].split(".")[0]) >= MIN_DRIVER
     return Finding("NVIDIA driver", rows[0][0], new, f"CUDA 13 wants {MIN_DRIVER} or newer")
 
@@ -184,13 +174,10 @@ def _trials() -> list[Finding]:
 def free_memory() -> Finding:
     """Return what is free on the fullest card here."""
     mend = "somebody's process holds the rest: nvidia-smi"
-    try:
-        said, rows = nvidia_smi("memory.free,memory.total") or ("there is no nvidia-smi", [])
-    except TimeoutError as error:
-        return Finding("free GPU memory", str(error), False, mend)
+    said, rows = nvidia_smi("memory.free,memory.total")
     cards = [(int(free) << 20, int(total) << 20) for free, total in rows if free.isdigit() and total.isdigit()]
     if not cards:
-        return Finding("free GPU memory", said)  # MIG's slices say [N/A]
+        return Finding("free GPU memory", said, bool(rows), mend)  # MIG's slices say [N/A]
     free, total = min(cards, key=lambda memory: memory[0] / memory[1])
     return Finding("free GPU memory", f"{gib(free)} of {gib(total)}", free > 0.95 * total, mend)
 
@@ -225,10 +212,9 @@ def _recipes() -> Finding:
     from rapo_verl.run.compose import experiments
 
     try:
-        names = experiments()
-    except FileNotFoundError as error:
+        return Finding("recipes", f"{len(experiments())} experiments")
+    except Refused as error:
         return Finding("recipes", "missing", False, str(error))
-    return Finding("recipes", f"{len(names)} experiments")
 
 
 def _resources() -> list[Finding]:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from omegaconf import DictConfig
 
@@ -21,52 +21,47 @@ def what_fits(gpu: Gpu, count: int) -> list[Finding]:
     here = ["trainer.nnodes=1", f"trainer.n_gpus_per_node={count}"]
     # Of the methods of a size RAPO alone: the others differ in nothing that is counted, but for the head.
     names = [name for name in experiments() if name.startswith("qwen") and "grpo" not in name and "answers" not in name]
-    plain, changed = Fit(), Fit()
+    plain, changed = NOTHING, NOTHING
     for name in names:
-        config = compose_config([f"experiment={name}", *here])
+        command = [f"experiment={name}", *here]
+        config = compose_config(command)
         if config.actor_rollout_ref.actor.strategy == "megatron" and not _has_megatron():
             continue
         shape, job = shape_of(config.actor_rollout_ref.model.path), job_of(config)
-        command = [f"experiment={name}", *here]
         if not violations(job, shape) and not misfits(job, memory(shape, job, gpu_bytes=gpu.memory_gib * GIB), gpu):
-            plain = max(plain, Fit(shape.parameters, 0, command, config), key=Fit.rank)
+            plain = max(plain, Fit(shape.parameters, 0, command, config), key=_rank)
         elif variant := next(fitting_variants(shape, job, gpu, count), None):
             host = [f"({variant.memory.host_per_node / GIB:.0f} GiB of host memory)"] if variant.offloads else []
             fit = Fit(shape.parameters, len(variant.overrides), [*command, *variant.overrides, *host], config)
-            changed = max(changed, fit, key=Fit.rank)
+            changed = max(changed, fit, key=_rank)
+    largest = plain if plain.command else changed
+    short = [] if largest.config is None else too_few_cpus(largest.config)
     what = f"fits {count} x {gpu.memory_gib:.0f} GiB"
+    mend = "take what fits with changes, where that is named, or more GPUs: rapo plan RECIPE --gpus N"
     found = [
-        _cpus_for_ray(plain if plain.parameters else changed),
-        Finding(
-            what,
-            " ".join(plain.command) or "none as it is",
-            bool(plain.command),
-            "take what fits with changes, where that is named, or more GPUs: rapo plan RECIPE --gpus N",
-        ),
+        Finding("CPUs for Ray", str(os.cpu_count() or 1), not short, "".join(short)),
+        Finding(what, " ".join(plain.command) or "none as it is", bool(plain.command), mend),
     ]
     if changed.parameters > plain.parameters:
         found.append(Finding(f"{what} with changes", " ".join(changed.command)))
     return found
 
 
-@dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """A recipe that fits: its size, how many settings are changed for it, and what `rapo train` takes."""
 
-    parameters: int = 0
-    changes: int = 0
-    command: list[str] = field(default_factory=list)
-    config: DictConfig | None = None
-
-    def rank(self) -> tuple[int, int]:
-        """Larger models first, of equal ones that with fewer changes."""
-        return self.parameters, -self.changes
+    parameters: int
+    changes: int
+    command: list[str]
+    config: DictConfig | None
 
 
-def _cpus_for_ray(fit: Fit) -> Finding:
-    there = os.cpu_count() or 1
-    short = [] if fit.config is None else too_few_cpus(fit.config)
-    return Finding("CPUs for Ray", str(there), not short, "".join(short))
+NOTHING = Fit(0, 0, [], None)
+
+
+def _rank(fit: Fit) -> tuple[int, int]:
+    """Larger models first, of equal ones that with fewer changes."""
+    return fit.parameters, -fit.changes
 
 
 def _has_megatron() -> bool:

@@ -110,18 +110,15 @@ def _beating(lock: IO[str]) -> Iterator[None]:
 
     def beat() -> None:
         owner = {"host": os.uname().nodename, "pid": os.getpid(), "beat": next(beats)}
-        os.pwrite(lock.fileno(), json.dumps(owner).ljust(200).encode(), 0)
-
-    def try_to() -> None:
         try:
-            beat()
+            os.pwrite(lock.fileno(), json.dumps(owner).ljust(200).encode(), 0)
         except OSError as error:  # the next one may come through
             logger.warning("%s could not be written: %s", lock.name, error)
 
     os.ftruncate(lock.fileno(), 0)
     beat()
     try:
-        with repeating(BEAT_SECONDS, try_to, "rapo-lock"):
+        with repeating(BEAT_SECONDS, beat, "rapo-lock"):
             yield
     finally:
         os.ftruncate(lock.fileno(), 0)

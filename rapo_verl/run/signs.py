@@ -9,6 +9,10 @@ import numpy as np
 WINDOW = 5
 # Of pass@k under its first validation: more than the noise of a hundred problems; of fewer, more.
 LOST = 0.05
+# What is bad enough for a warning here and, if it lasts, for an alarm: a reward under that share of its best (which was
+# worth the name), entropy over and under so many times its start, so large a share of responses that are cut off, so
+# little of the reference's mass that is still sampled.
+LEAST_REWARD, UNLEARNED, MELTED, NARROWED, CUT_OFF, MODES_LOST = 0.05, 0.5, 2, 0.2, 0.5, 0.7
 GROUPS, UNBIASED, PROBLEMS = "rapo/groups/pass@", "val/pass@k/", "val/problems/"
 FINE, NOTE, WARN = "fine", "note", "warn"
 History = Sequence[Mapping[str, Any]]
@@ -70,23 +74,23 @@ def trend(values: np.ndarray) -> Trend:
 
 def _reward(t: Trend) -> tuple[str, str]:
     told = f"{t.now:.3g} now, {t.start:.3g} at the start, lately {t.way}"
-    if t.best >= 0.05 and t.now < 0.5 * t.best:
+    if t.best >= LEAST_REWARD and t.now < UNLEARNED * t.best:
         return WARN, f"{told}: less than half of its best ({t.best:.3g}); the policy has unlearned what it could."
     return FINE, f"{told}. It is measured on training problems and says nothing of many attempts."
 
 
 def _entropy(t: Trend) -> tuple[str, str]:
     told = f"{t.now:.3g} now, {t.start:.3g} at the start, lately {t.way}"
-    if t.now > 2 * t.start:
+    if t.now > MELTED * t.start:
         return WARN, f"{told}: more than twice; tokens are drawn at random more and more, look at the samples."
-    if t.now < 0.2 * t.start:
+    if t.now < NARROWED * t.start:
         return NOTE, f"{told}: under a fifth; fine while validation at many attempts holds, else modes are lost."
     return FINE, f"{told}: between a fifth and twice its start."
 
 
 def _truncation(t: Trend) -> tuple[str, str]:
     told = f"{t.now:.1%} of the responses are cut off ({t.start:.1%} at the start, lately {t.way})"
-    if t.now > 0.5:
+    if t.now > CUT_OFF:
         return WARN, f"{told}: more than half; a response that is cut before its answer earns nothing."
     if t.now > 0.1:
         return NOTE, f"{told}: over a tenth; a longer data.max_response_length, or look at what they say."
@@ -109,7 +113,7 @@ def _forward_kl(t: Trend) -> tuple[str, str]:
 
 def _mass(t: Trend) -> tuple[str, str]:
     told = f"{t.now:.2f} of the reference's mass is on tokens that the policy still samples"
-    if t.now < 0.7:
+    if t.now < MODES_LOST:
         return WARN, f"{told}: the rest belongs to modes it has dropped, on which no sampled term acts any more."
     if t.now < 0.9:
         return NOTE, f"{told}: it begins to drop modes."

@@ -20,7 +20,7 @@ class Stopping:
 
     def __init__(self, stop_file: Path | None, deadline: float | None, margin: float = MARGIN):
         self.stop_file, self.deadline, self.margin = stop_file, deadline, margin
-        self.longest_step = self.longest_save = self.longest_validation = 0.0
+        self.longest = {"step": 0.0, "save": 0.0, "validation": 0.0}
 
     @classmethod
     def from_environment(cls) -> "Stopping":
@@ -28,16 +28,15 @@ class Stopping:
         stop_file, deadline = os.environ.get(STOP_FILE_VARIABLE), os.environ.get(DEADLINE_VARIABLE)
         return cls(Path(stop_file) if stop_file else None, float(deadline) if deadline else None)
 
-    def note(self, *, step: float = 0.0, save: float = 0.0, validation: float = 0.0) -> None:
-        """Remember how long a step (without its save), a save or a validation took, in seconds."""
-        self.longest_step, self.longest_save = max(self.longest_step, step), max(self.longest_save, save)
-        self.longest_validation = max(self.longest_validation, validation)
+    def note(self, **seconds: float) -> None:
+        """Remember how long a ``step`` (without its save), a ``save`` or a ``validation`` took."""
+        self.longest |= {what: max(self.longest[what], took) for what, took in seconds.items()}
 
     def reason(self) -> str | None:
         """Return why to save and stop now, None to go on."""
         if self.stop_file is not None and self.stop_file.exists():
             return f"{self.stop_file} was made"
-        needed = self.longest_step + self.longest_save + self.longest_validation + self.margin
+        needed = sum(self.longest.values()) + self.margin
         if self.deadline is not None and time.time() + needed > self.deadline:
             left = self.deadline - time.time()
             return (

@@ -73,11 +73,7 @@ def tried(what: str, command: list[str], mend: str, seconds: float) -> Finding:
 
 
 def matmul(device: str) -> str:
-    """Return how a product in bf16 went, against the same in fp64.
-
-    Raises:
-        ArithmeticError: they differ.
-    """
+    """Return how a product in bf16 went; ArithmeticError if the same in fp64 differs."""
     import torch
 
     a, b = (torch.randn(512, 512, dtype=torch.bfloat16, device=device) for _ in range(2))
@@ -88,11 +84,7 @@ def matmul(device: str) -> str:
 
 
 def kernel(device: str) -> str:
-    """Return how the head went, forward and backward, against torch's log-softmax in fp64.
-
-    Raises:
-        ArithmeticError: they differ.
-    """
+    """Return how the head went, forward and backward; ArithmeticError if torch's log-softmax in fp64 differs."""
     import torch
 
     from rapo_verl.method.head import head
@@ -130,11 +122,7 @@ def token(device: str) -> str:
 
 
 def all_reduce(device: str) -> str:
-    """Return the seconds of an all-reduce over the ranks that torch.distributed.run started, or over this process.
-
-    Raises:
-        RuntimeError: the sum is wrong.
-    """
+    """Return the seconds of an all-reduce over the ranks that torch.distributed.run started, or over this process."""
     import torch
     import torch.distributed as dist
 

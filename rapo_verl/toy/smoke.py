@@ -15,10 +15,9 @@ from omegaconf import DictConfig
 
 from rapo_verl import Failed, Refused
 from rapo_verl.run.compose import compose_or_refuse
-from rapo_verl.run.doctor import has_gpu, imports
+from rapo_verl.run.doctor import PADDED_ATTENTION, has_gpu, imports
 from rapo_verl.run.folder import read_metrics
 from rapo_verl.run.names import CHECKPOINTS_DIR
-from rapo_verl.run.preflight import PADDED_ATTENTION
 from rapo_verl.toy.base_model import build_model, build_tokenizer, random_checkpoint, save_checkpoint
 from rapo_verl.toy.demo import console, stage, train
 from rapo_verl.toy.make import EVAL_FILE, MODEL_DIR, TRAIN_FILE, write_problems

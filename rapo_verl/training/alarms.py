@@ -57,12 +57,6 @@ def groups_of(batch: Any) -> Groups:
     return Groups(list(problem.values()), [sum(r) for r in right.values()], [len(r) for r in right.values()])
 
 
-def note_groups(path: Path, step: int, groups: Groups) -> None:
-    """Append a step's groups to a file."""
-    with path.open("a") as file:
-        file.write(json.dumps({"step": step, **groups._asdict()}, separators=(",", ":")) + "\n")
-
-
 class AlarmMixin(PPOTrainer):
     """Adds ``rapo/groups/*`` and ``rapo/alarm/*`` to a step's metrics, and says once when an alarm begins.
 
@@ -84,7 +78,8 @@ class AlarmMixin(PPOTrainer):
         run_dir = Path(self.config.run_dir)
         # Rows of several files, and of a file without `extra_info.index`, cannot be told apart.
         if len(files_of(self.config, "train_files")) == 1 and len(set(groups.problems)) > 1:
-            note_groups(run_dir / GROUPS_FILE, global_steps, groups)
+            with (run_dir / GROUPS_FILE).open("a") as file:
+                file.write(json.dumps({"step": global_steps, **groups._asdict()}, separators=(",", ":")) + "\n")
         if self._listener is None:
             # Of earlier starts, up to the step that this one went on from, and the validation before it.
             self._listener = Listener([r for r in read_metrics(run_dir) if r["step"] < global_steps])

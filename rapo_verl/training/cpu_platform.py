@@ -31,11 +31,7 @@ def _device_module() -> types.ModuleType:
     """Return a module with the parts of ``torch.cuda`` that veRL calls; the rest falls through to ``torch.cpu``."""
     module, nothing = types.ModuleType("rapo_verl.training.cpu_device"), _returning(None)
     vars(module).update(
-        is_available=_returning(True),
-        device_count=_returning(1),
         current_device=_returning(0),
-        set_device=nothing,
-        synchronize=nothing,
         empty_cache=nothing,
         ipc_collect=nothing,
         reset_peak_memory_stats=nothing,

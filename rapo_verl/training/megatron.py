@@ -100,11 +100,7 @@ class RapoMegatronEngine(HeadSwitch, MegatronEngineWithLMHead):
         return output
 
     def optimizer_step(self) -> Any:
-        """Return veRL's gradient norm.
-
-        Raises:
-            FloatingPointError: a gradient is NaN or infinite; nothing was changed.
-        """
+        """Return veRL's gradient norm; FloatingPointError, and nothing changed, if a gradient is NaN or infinite."""
         # verl 0.9.1 workers/engine/megatron/transformer_impl.py:693: steps whatever the norm is (its FSDP
         # engine skips), and Megatron looks for infinities only where it scales an fp16 loss.
         self._updates += 1

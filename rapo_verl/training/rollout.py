@@ -42,18 +42,13 @@ class SeededAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         self._loop = OneTurnLoop.of(self)
         self._finished = Together(self._finish)
 
-    @cached_property
-    def _async(self) -> bool:
-        return is_async(self.config.trainer.v1.trainer_mode)
-
-    @cached_property
-    def _seed(self) -> int:
-        return int(self.config.actor_rollout_ref.rollout.seed)
-
-    @cached_property
-    def _plain(self) -> bool:
-        """Whether samples are text, judged by a function."""
-        return not (self.distillation_enabled or self.config.reward.reward_model.enable) and self.processor is None
+    # Read once: looked up for each sample, an OmegaConf node costs more than all that is done with it.
+    _async = cached_property(lambda self: is_async(self.config.trainer.v1.trainer_mode))
+    _seed = cached_property(lambda self: int(self.config.actor_rollout_ref.rollout.seed))
+    # Whether samples are text, judged by a function.
+    _plain = cached_property(
+        lambda self: not (self.distillation_enabled or self.config.reward.reward_model.enable or self.processor)
+    )
 
     async def _run_agent_loop(self, sampling_params: dict, trajectory: dict, **kwargs: Any) -> Any:
         validate = trajectory["validate"]
@@ -179,10 +174,7 @@ class StrictReplayBuffer(ReplayBuffer):
         """Return veRL's batch, ordered by (row of the problem, number of the response) instead of by random uid.
 
         Adds the counts of the verifier's verdicts to the metrics; it is the one place that sees every batch, of
-        validation and of veRL's own trainers too.
-
-        Raises:
-            VerifierFailingError: more of them than `max_failed_share` are no verdict on mathematics.
+        validation and of veRL's own trainers too. VerifierFailingError: too many of them say nothing of mathematics.
         """
         # verl 0.9.1 trainer/ppo/v1/replay_buffer.py:422: gives the samples in the order of their random uids.
         batch, metrics = super().sample(global_steps, partition_id, batch_size)

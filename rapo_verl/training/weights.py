@@ -21,11 +21,7 @@ VERL_PREFIX = "ipc:///tmp/rl-colocate-zmq-"
 
 
 def socket_of_run(handle: str) -> str:
-    """Return veRL's ``ipc:///tmp/rl-colocate-zmq-<job>-replica-<r>-rank-<k>.sock`` with a mark of this run in it.
-
-    Raises:
-        RuntimeError: veRL names its socket otherwise, or this process belongs to no run: the two ends would not meet.
-    """
+    """Return veRL's ``ipc:///tmp/rl-colocate-zmq-<job>-replica-<r>-rank-<k>.sock`` with a mark of this run in it."""
     run_dir = os.environ.get(RUN_DIR_VARIABLE)
     if not handle.startswith(VERL_PREFIX) or not run_dir:
         raise RuntimeError(
@@ -60,11 +56,7 @@ class CpuWorkerExtension(RunWorkerExtension):
     def update_weights_from_ipc(
         self, peft_config: dict | None = None, base_sync_done: bool = False, use_shm: bool = False
     ) -> None:
-        """Receive all weights of the actor and reload the model with them.
-
-        Raises:
-            RuntimeError: a LoRA adapter is sent, which the reload API does not take.
-        """
+        """Receive all weights of the actor and reload the model with them; an adapter is none that could be."""
         # verl 0.9.1 workers/rollout/vllm_rollout/utils.py:248: writes into the live parameters instead, which the CPU
         # backend has repacked at load time.
         if peft_config is not None:
