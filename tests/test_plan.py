@@ -486,6 +486,7 @@ def test_head_adds_its_passes_over_the_logits_to_every_stage(shape, job):
         ({"mini_batch": 100, "prompts": 100, "gpus": 12 * 4, "responses": 1}, "nearest legal: 96"),
         ({"mini_batch": 300}, "nearest legal: 256"),
         ({"micro_tokens": 9000}, "nearest legal: *_max_token_len_per_gpu=9216"),
+        ({"least_tokens": 9000}, "a micro-batch holds 9000 tokens"),
         ({"rollout_tensor": 3}, "rollout.tensor_model_parallel_size 3"),
         ({"max_model_len": 4096}, "nearest legal: 9216"),
         ({"utilization": 1.2}, "between 0 and 1"),
@@ -499,6 +500,29 @@ def test_each_violation_names_the_nearest_legal_value(shape, job, change, said):
 
 def test_context_parallel_counts_towards_the_tokens_of_a_micro_batch(shape, job):
     assert violations(replace(job, micro_tokens=4608, context=2), shape) == []
+
+
+def test_smallest_pass_must_hold_a_sequence_too(config, shape):
+    changed = config.copy()
+    changed.actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu = 4096  # the update's stays at 16384
+    job = job_of(changed)
+    assert (job.micro_tokens, job.least_tokens) == (16384, 4096)
+    assert any("a micro-batch holds 4096 tokens" in line for line in violations(job, shape))
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({}, 4),  # three are kept, and the newest is written before the oldest goes
+        ({"max_actor_ckpt_to_keep": None}, 10),
+        ({"max_actor_ckpt_to_keep": 0, "save_freq": 30}, 4),
+        ({"total_training_steps": 20}, 2),
+        ({"total_training_steps": None}, 4),
+    ],
+)
+def test_checkpoints_on_disk_are_all_where_no_number_is_kept(config, changes, most):
+    job = job_of(OmegaConf.merge(config, {"trainer": changes}))
+    assert job.checkpoints == most
 
 
 def test_7b_on_16_cards_of_80_gib_fits_with_a_margin(config):

@@ -237,8 +237,7 @@ def _show(output: bytes) -> None:
 def main() -> int:
     """Run this node's agent in a child and end whatever is left, should the agent itself be killed.
 
-    Returns:
-        0, since the verdict travels in a file; 143 after SIGTERM; 1 if the agent failed.
+    Returns 0, since the verdict travels in a file; 143 after SIGTERM; 1 if the agent failed.
     """
     os.umask(0o077)
     adopt_orphans()

@@ -21,7 +21,7 @@ from rapo_verl.data.overlap import HeldOut
 from rapo_verl.data.sources import HUB, iter_records, read_hub
 from rapo_verl.data.validate import Checked, RowFinding, bar, check_problems, chunks, first_of_each_kind, listed
 from rapo_verl.reward import Verifier, VerifierSettings, shared_verifier
-from rapo_verl.run.files import file_sha256, write_atomic
+from rapo_verl.run.files import file_sha256, filled, write_atomic
 
 # SimpleRL-Zoo's limit for Qwen2.5.
 MAX_PROMPT_TOKENS = 1024
@@ -139,7 +139,9 @@ def prepare(
     }
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{name}.card.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(out / f"{name}.card.md", card_markdown(card))
+    template = Path(__file__).parent / "card.md.j2"
+    told = filled(template, card=card, shown=_TEXTS_SHOWN, suspect=len(checked.suspect))
+    write_atomic(out / f"{name}.card.md", told.rstrip() + "\n")
     # Last, so that a parquet file always has its card.
     write_atomic(target, data)
     return target
@@ -218,25 +220,6 @@ def verl_row(source: str, turns: list[dict[str, str]], answer: str, extra: dict[
     """Return a problem as a row of SCHEMA."""
     judged = {"style": "rule", "ground_truth": answer}
     return {"data_source": source, "prompt": turns, "ability": "math", "reward_model": judged, "extra_info": extra}
-
-
-def card_markdown(card: dict[str, Any]) -> str:
-    """Return a data card as markdown."""
-    keys = ("source", "source_sha256", "layout", "output", "output_sha256", "rows_in_source", "rows", "prompt")
-    lines = [f"# {card['name']}", ""]
-    lines += [f"* {key.replace('_', ' ')}: {card[key]}" for key in (*keys, "token_limit")]
-    lines += [f"* checked against: {', '.join(card['checked_against']) or 'nothing'}"]
-    as_text = card["answers_compared_as_text"]
-    more = f" and {len(as_text) - _TEXTS_SHOWN} more" if len(as_text) > _TEXTS_SHOWN else ""
-    lines += [f"* answers compared as text, rows: {', '.join(map(str, as_text[:_TEXTS_SHOWN])) or 'none'}{more}"]
-    for title in ("level", "subject", "reason"):
-        counts = card["dropped_by_reason" if title == "reason" else f"by_{title}"]
-        lines += ["", f"| {title} | rows |", "|---|---|", *(f"| {key} | {count} |" for key, count in counts.items())]
-    lines += ["", f"Dropped: {len(card['dropped'])}", ""]
-    lines += [f"* row {d['row']} ({d['id']}): {d['reason']}" for d in card["dropped"]]
-    lines += ["", f"Suspect, but kept: {len(card['suspect_but_kept'])}", ""]
-    lines += [f"* row {d['row']} ({d['id']}): {d['reason']}" for d in card["suspect_but_kept"]]
-    return "\n".join(lines).rstrip() + "\n"
 
 
 def show(path: Path, *, model: str | None, rows: int, start: int) -> list[str]:

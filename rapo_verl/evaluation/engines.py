@@ -82,11 +82,7 @@ class VllmEngine:
         self._guard = guard([p for p in psutil.Process().children(recursive=True) if p not in before])
 
     async def sample(self, request: Request) -> Samples:
-        """Return the samples of one request.
-
-        Raises:
-            EngineLostError: vLLM's core died.
-        """
+        """Return the samples of one request; EngineLostError: vLLM's core died."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -137,11 +133,7 @@ class RayEngine:
         self._handle = handle
 
     async def sample(self, request: Request) -> Samples:
-        """Return the samples of one request.
-
-        Raises:
-            EngineLostError: the actor, its vLLM or its machine died, or it could not start.
-        """
+        """Return the samples of one request; EngineLostError: actor, vLLM or machine died, or could not start."""
         import ray
 
         try:

@@ -141,14 +141,8 @@ async def generate(
 ) -> list[str]:
     """Make every shard that a draw's folder lacks; return what was wrong with files that were made again.
 
-    Args:
-        draw: its folder is held by the caller (`Store.locked`).
-        fleet: where engines come from; asked again every POLL_S seconds, so that machines may join.
-        started: called once with the samples still to be made and those that are there.
-        done: called for each shard with its samples and tokens.
-
-    Raises:
-        Failed: engines are lost time and again.
+    The caller holds the folder (`Store.locked`). ``started`` is called once with the samples still to be made and those
+    that are there, ``done`` for each shard with its samples and tokens. Failed: engines are lost time and again.
     """
     queue = _Queue(draw, fleet, done)
     todo, damaged = draw.store.missing(draw.shards)

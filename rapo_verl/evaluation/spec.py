@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,15 +49,6 @@ class Sampling:
     # Keep each response's tokens: what `rapo reference-answers` needs.
     token_ids: bool = False
 
-    def problems(self) -> list[str]:
-        """Return every problem of the settings as one line each (empty: none)."""
-        checks = [
-            (0 <= self.temperature < float("inf"), "temperature", "a finite number >= 0"),
-            (0 < self.top_p <= 1, "top_p", "(0, 1]"),
-            (self.max_tokens >= 1, "max_tokens", ">= 1"),
-        ]
-        return [f"{name} is {getattr(self, name)!r}; allowed: {allowed}" for ok, name, allowed in checks if not ok]
-
 
 class Shard(NamedTuple):
     """A file of samples, the `number`-th of a problem: `samples` of them from the `first` on, under one seed."""
@@ -96,15 +88,16 @@ class SamplingPlan:
 
     def __post_init__(self) -> None:
         """Raise Refused with every fault at once."""
-        faults = self.sampling.problems()
-        if self.n < 1 or self.shard < 1:
-            faults.append(f"n is {self.n} and shard {self.shard}; allowed: at least 1")
-        if not self.problems or len(self.problems) != len(self.prompts):
-            faults.append(
-                f"{len(self.problems)} problems and {len(self.prompts)} prompts; allowed: as many, at least 1"
-            )
-        if len({problem.id for problem in self.problems}) < len(self.problems):
-            faults.append("two problems have one id; is a file given twice?")
+        drawn, ids = self.sampling, {problem.id for problem in self.problems}
+        checks = [
+            (0 <= drawn.temperature < inf, f"temperature is {drawn.temperature}; allowed: a finite number >= 0"),
+            (0 < drawn.top_p <= 1, f"top_p is {drawn.top_p}; allowed: (0, 1]"),
+            (drawn.max_tokens >= 1, f"max_tokens is {drawn.max_tokens}; allowed: >= 1"),
+            (min(self.n, self.shard) >= 1, f"n is {self.n} and shard {self.shard}; allowed: at least 1"),
+            (bool(ids), "there is no problem"),
+            (len(ids) == len(self.problems), "two problems have one id; is a file given twice?"),
+        ]
+        faults = [fault for ok, fault in checks if not ok]
         if not faults:
             seeds = sorted(shard.seed for shard in self.shards)
             # vLLM gives child i of a request the seed s + i.

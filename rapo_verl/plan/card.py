@@ -35,11 +35,7 @@ NO_SMI = "there is no nvidia-smi"
 
 
 def card(name: str | None) -> Gpu:
-    """Return the card of that name, else this machine's, else an H100.
-
-    Raises:
-        Refused: no card is known by that name.
-    """
+    """Return the card of that name (Refused: none is known by it), without one this machine's, else an H100."""
     if name is None:
         return _card_here() or replace(GPUS["h100"], name="H100: there is no card here, --gpu takes another")
     if name.lower() not in GPUS:

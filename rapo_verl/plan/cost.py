@@ -92,7 +92,7 @@ def cost(shape: ModelShape, job: Job, gpu: Gpu, assumed: Assumed, *, kv_tokens: 
         heads=passes * forward_head + update_head,
         validation=nan if job.validation is None else _generation(shape, job, gpu, assumed, kv_tokens, job.validation),
         checkpoint=checkpoint,
-        disk=checkpoint * (job.checkpoints + 1),  # the new one is written before the oldest goes
+        disk=checkpoint * job.checkpoints,
     )
 
 

@@ -37,7 +37,8 @@ class Job:
     weight_bytes: int  # of a parameter as the forward pass reads it
     held_bytes: int  # of a parameter as a rank keeps it
     lora: Lora | None  # None: every parameter is trained
-    micro_tokens: int  # of a micro-batch on one rank, as the update and the log-prob passes are cut
+    micro_tokens: int  # of a micro-batch on one rank, in the pass of those with and without gradient that has most
+    least_tokens: int  # in the one that has fewest
     by_tokens: bool  # whether a micro-batch is cut by its tokens, and not by its sequences
     padded: bool  # whether its sequences are then padded to the longest of them
     head: str  # as `head_of` says
@@ -56,7 +57,7 @@ class Job:
     max_num_seqs: int
     max_model_len: int
     steps: int
-    checkpoints: int  # kept
+    checkpoints: int  # on disk at once, at most
     hf_model: bool
     validations: int  # in the whole run
     validation: int | None  # responses of one; None: its problems are not here to be counted
@@ -94,7 +95,8 @@ def job_of(config: DictConfig, *, gpus: int | None = None) -> Job:
         weight_bytes=4 if mixed == "fp32" else 2,
         held_bytes=2 if megatron or engine.model_dtype in ("bf16", "bfloat16") else 4,
         lora=_lora(group.model, megatron),
-        micro_tokens=_micro_tokens(config),
+        micro_tokens=max(_micro_tokens(config)),
+        least_tokens=min(_micro_tokens(config)),
         by_tokens=actor.use_dynamic_bsz,
         padded=not group.model.use_remove_padding,
         head=head_of(config),
@@ -114,11 +116,18 @@ def job_of(config: DictConfig, *, gpus: int | None = None) -> Job:
         max_num_seqs=rollout.max_num_seqs,
         max_model_len=rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length,
         steps=trainer.total_training_steps or 0,
-        checkpoints=trainer.max_actor_ckpt_to_keep or 0,
+        checkpoints=_checkpoints(trainer),
         hf_model="hf_model" in actor.checkpoint.save_contents,
         validations=_validations(trainer),
         validation=_validation(config),
     )
+
+
+def _checkpoints(trainer: DictConfig) -> int:
+    steps, every, keep = trainer.total_training_steps, trainer.save_freq, trainer.max_actor_ckpt_to_keep
+    saved = [-(-steps // every)] if steps and every > 0 else []
+    # Without a number all are kept; else the new one is written before the oldest goes.
+    return min(saved + ([keep + 1] if keep else []), default=1)
 
 
 def _validations(trainer: DictConfig) -> int:
@@ -160,20 +169,14 @@ def _recompute(config: DictConfig, engine: Any, megatron: bool) -> int | None:
     return (transformer.recompute_num_layers or 1) if transformer.recompute_granularity == "full" else None
 
 
-def _micro_tokens(config: DictConfig) -> int:
+def _micro_tokens(config: DictConfig) -> list[int]:
+    """Return the tokens of a micro-batch in the update, and in the log-prob passes of actor and reference."""
     group = config.actor_rollout_ref
+    nodes = ((group.actor, "ppo"), (group.rollout, "log_prob"), (group.ref, "log_prob"))
     if group.actor.use_dynamic_bsz:
-        return max(
-            group.actor.ppo_max_token_len_per_gpu,
-            group.rollout.log_prob_max_token_len_per_gpu,
-            group.ref.log_prob_max_token_len_per_gpu,
-        )
-    sequences = max(
-        group.actor.ppo_micro_batch_size_per_gpu or 1,
-        group.rollout.log_prob_micro_batch_size_per_gpu or 1,
-        group.ref.log_prob_micro_batch_size_per_gpu or 1,
-    )
-    return sequences * (config.data.max_prompt_length + config.data.max_response_length)
+        return [node[f"{name}_max_token_len_per_gpu"] for node, name in nodes]
+    sequence = config.data.max_prompt_length + config.data.max_response_length
+    return [(node[f"{name}_micro_batch_size_per_gpu"] or 1) * sequence for node, name in nodes]
 
 
 def _nearest(value: int, legal: Callable[[int], bool], limit: int) -> str:
@@ -243,7 +246,7 @@ def _layout_checks(job: Job, shape: ModelShape) -> list[tuple[bool, str]]:
 
 
 def _batch_checks(job: Job) -> list[tuple[bool, str]]:
-    mini, tokens = job.mini_batch * job.responses, job.micro_tokens * job.context
+    mini, tokens = job.mini_batch * job.responses, min(job.micro_tokens, job.least_tokens) * job.context
 
     def mini_legal(n: int) -> bool:
         return n * job.responses % job.data == 0

@@ -46,11 +46,7 @@ class ModelShape:
 
 
 def shape_of(path: str) -> ModelShape:
-    """Return the shape of a published name of PUBLISHED, a checkpoint folder or a hub id.
-
-    Raises:
-        Refused: no config there, or a model that is no dense decoder of equal layers.
-    """
+    """Return the shape of a model of `config_of`; Refused: it is no dense decoder of equal layers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -99,11 +95,7 @@ def shape_of(path: str) -> ModelShape:
 
 
 def config_of(path: str) -> Any:
-    """Return the transformers config of a published name, a folder or a hub id.
-
-    Raises:
-        Refused: none is to be had.
-    """
+    """Return the transformers config of a published name, a checkpoint folder or a hub id; Refused without one."""
     from transformers import AutoConfig, Qwen2Config
 
     if path in PUBLISHED and not Path(path).exists():

@@ -47,17 +47,7 @@ class Plan:
 
 
 def plan(config: DictConfig, gpu: Gpu, *, gpus: int | None = None, assumed: Assumed | None = None) -> Plan:
-    """Return the plan of a resolved run config.
-
-    Args:
-        config: as from `rapo_verl.run.compose.compose_config`.
-        gpu: the card.
-        gpus: number of them instead of the config's.
-        assumed: what the seconds rest on.
-
-    Raises:
-        Refused: the model's shape is not to be had.
-    """
+    """Return the plan of a resolved run config, on ``gpus`` cards instead of its own number; Refused by `shape_of`."""
     shape, job = shape_of(config.actor_rollout_ref.model.path), job_of(config, gpus=gpus)
     assumed = assumed or Assumed()
     asked, illegal = job, violations(job, shape)
@@ -110,20 +100,15 @@ def misfits(job: Job, held: Memory, gpu: Gpu) -> list[str]:
         "layers that FSDP gathers": held.gathered,
         "reference": 0 if job.reference_offload else held.reference,
     }
-    found = []
-    for phase, size in (("update", held.update), ("log-prob passes", held.log_prob), ("rollout", held.rollout)):
-        if size / GIB > limit:
-            if phase == "rollout":
-                vllm = job.utilization * gpu.memory_gib
-                name = (
-                    f"vLLM's {vllm:.1f} GiB (gpu_memory_utilization) beside {size / GIB - vllm:.1f} GiB of the trainer"
-                )
-            else:
-                name = "most of it " + max(parts, key=lambda part: parts[part])
-            found.append(
-                f"{phase}: {size / GIB:.1f} GiB on a card of {gpu.memory_gib:.1f} GiB ({limit:.1f} with "
-                f"{MARGIN:.0%} to spare): {name}"
-            )
+    vllm, most = job.utilization * gpu.memory_gib, f"most of it {max(parts, key=lambda part: parts[part])}"
+    beside = f"vLLM's {vllm:.1f} GiB (gpu_memory_utilization) beside {held.rollout / GIB - vllm:.1f} GiB of the trainer"
+    phases = ("update", held.update, most), ("log-prob passes", held.log_prob, most), ("rollout", held.rollout, beside)
+    found = [
+        f"{phase}: {size / GIB:.1f} GiB on a card of {gpu.memory_gib:.1f} GiB ({limit:.1f} with {MARGIN:.0%} to "
+        f"spare): {why}"
+        for phase, size, why in phases
+        if size / GIB > limit
+    ]
     if held.kv_tokens < job.max_model_len:
         found.append(
             f"rollout: {held.kv_tokens} tokens of KV cache, fewer than one sequence of {job.max_model_len}; raise "
@@ -173,6 +158,7 @@ def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, lis
             optimizer_offload=optimizer,
             reference_offload=job.reference_offload or params,
             micro_tokens=tokens,
+            least_tokens=tokens,
             utilization=utilization,
             rollout_tensor=rollout,
         )
@@ -264,7 +250,8 @@ def print_plan(made: Plan, console: Console) -> None:
     for name in ("generation", "old_log_prob", "reference", "update", "heads", "step"):
         label = "of these three the heads" if name == "heads" else name
         table.add_row(f"{label}, seconds", f"{getattr(price, name):.0f}".replace("nan", "not known for this card"))
-    table.add_row(f"{job.steps} steps, hours", f"{job.steps * price.step / 3600:.1f}".replace("nan", "not known"))
+    if job.steps:  # else a number of epochs
+        table.add_row(f"{job.steps} steps, hours", f"{job.steps * price.step / 3600:.1f}".replace("nan", "not known"))
     if job.validations:
         number = "of problems not here" if job.validation is None else f"of {job.validation:,} responses"
         seconds, hours = f"{price.validation:.0f}", f"{job.validations * price.validation / 3600:.1f}"

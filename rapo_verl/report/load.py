@@ -53,13 +53,8 @@ def load_study(
 ) -> Study:
     """Return the study of judged folders, one a model, with the samples behind each count and how each was made.
 
-    Args:
-        folders: judged; a model is called as its folder, or by its path where two are called alike.
-        hard_from: another draw of one of the models; the same weights, told by their sha256.
-        names: of the models, if they shall be called otherwise.
-        roles: of the models; default: told from the name.
-        settings: what the page says first of how the study was made.
-        options: further fields of `Study`.
+    A model is called as its folder, or by its path where two are called alike, and has the role that its name tells.
+    ``hard_from`` is another draw of one of them: of the same weights, by their sha256. Options are fields of `Study`.
     """
     last = [folder.resolve().name for folder in folders]
     names = names or [str(f) if last.count(short) > 1 else short for f, short in zip(folders, last)]

@@ -102,8 +102,10 @@ def print_table(numbers: Numbers, console: Console | None = None) -> None:
     """Print the conclusion and the headline table, Full and Hard, to a terminal (default: the standard output)."""
     study = numbers.study
     console = console or Console()
-    sizes = f"{len(study.base.ids)} problems ({study.hard.sum()} Hard), n = {study.n}"
-    caption = f"{sizes}; low-high: {100 * study.level:g} % interval; = enumerated value"
+    hard = f" ({study.hard.sum()} Hard)" if study.hard_choice else ""
+    caption = f"{len(study.base.ids)} problems{hard}, n = {study.n}; low-high: {100 * study.level:g} % interval"
+    if any(result.exact for result in study.results):
+        caption += "; = enumerated value"
     table = Table("model", "set", title=Text(study.title), caption=Text(caption))
     for k in study.headline_ks:
         table.add_column(f"pass@{k}", justify="right")

@@ -108,14 +108,8 @@ def majority_at(
 ) -> NDArray[np.float64]:
     """Return the probability that the most frequent answer of k samples is right, (K,).
 
-    Mean over random k-subsets of the n samples, exact for k = 1. A tie counts as its share;
-    samples without an answer do not vote.
-
-    Args:
-        classes: of each sample, (n,): -1 no answer, 0 right, above 0 a wrong one.
-        ks: sizes, each in 1..n.
-        seed: of the subsets.
-        draws: how many of them.
+    Mean over random k-subsets of the n samples, exact for k = 1. A tie counts as its share; samples without an answer
+    do not vote. Each sample has a class, (n,): -1 no answer, 0 right, above 0 a wrong one.
     """
     rng = np.random.default_rng(seed)
     found = np.zeros(len(ks))

@@ -63,11 +63,7 @@ class Snapshot(NamedTuple):
 
 
 def take(run: Path) -> Snapshot:
-    """Return a run as its folder has it.
-
-    Raises:
-        Refused: it is no run's folder.
-    """
+    """Return a run as its folder has it; Refused if it is no run's."""
     if not (run / CONFIG_FILE).is_file() and not (run / METRICS_DIR).is_dir():
         raise Refused(f"{run} is no run's folder: it has neither {CONFIG_FILE} nor {METRICS_DIR}/")
     config = _config(run / CONFIG_FILE)

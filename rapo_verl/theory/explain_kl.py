@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rapo_verl.report.figures import styled
+from rapo_verl.run.files import filled
 from rapo_verl.theory import estimator_table as exact
 from rapo_verl.theory.kl_settings import SETTINGS, Setting, Term
 
@@ -189,9 +189,7 @@ def page() -> str:
         pull = f"{_clean(exact.pull(term.estimator, 0.01)):.2g}"
         cells = (f"{title}: {term.words}", term.place, *told, pull)
         settings.append((f"`{name}`", *(cell.replace("|", "\\|") for cell in cells)))
-    text = (Path(__file__).parent / "estimators.md.j2").read_text(encoding="utf-8")
-    template = Template(text, trim_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    return template.render(exact=exact, sections=sections, settings=settings)
+    return filled(Path(__file__).parent / "estimators.md.j2", exact=exact, sections=sections, settings=settings)
 
 
 def _number(value: float) -> str:

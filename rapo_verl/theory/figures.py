@@ -41,8 +41,7 @@ def panels() -> dict[str, tuple[FloatArray, FloatArray]]:
     """Return for each panel of Figure 1 the reference its KL is taken to, and the optimal policy, on `GRID`."""
     reward, reference = landscape()
     # phi(r) pointwise, normalised over the whole set: here the paper's normaliser can be computed.
-    flattened = np.where(reference > 0, reference, 0) ** (PHI_MIN + (1 - PHI_MIN) * reward)
-    flattened = np.where(reference > 0, flattened, 0)
+    flattened = reference ** (PHI_MIN + (1 - PHI_MIN) * reward)
     flattened /= flattened.sum()
     return {
         "reverse KL": (reference, reverse_kl_optimum(reward, reference, alpha=ALPHA).policy),

@@ -5,6 +5,7 @@ distribution p is reweighted at several phi, by each normalised reading, and com
 texts of the reference reweighted by ``token`` throughout, for the eye.
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -35,11 +36,7 @@ def measure(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: floa
     Columns: reading, phi, outside (mass outside the reference's top k), kl (KL(reweighted ‖ untempered), nats), entropy
     (of the reweighted reference, nats), top1 (probability of the untempered reference's most likely token).
 
-    Args:
-        logits: shape (tokens, vocabulary), float.
-        temperature: of the rollout.
-        top_k: tokens that `outside` leaves out, and the nucleus's largest size.
-        top_p: of the nucleus.
+    Logits are (tokens, vocabulary), the temperature is the rollout's; the nucleus has ``top_p`` of at most ``top_k``.
     """
     if not 1 <= top_k <= logits.shape[1]:
         raise Refused(f"top_k is {top_k}; allowed: 1 to the vocabulary's {logits.shape[1]} tokens")
@@ -51,11 +48,10 @@ def measure(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: floa
     for reading in COLOURS:
         for phi in PHIS:
             log_q = torch.log_softmax(phi * log_p, -1)
-            if reading == "nucleus":
-                flat, off = phi * top.values, ~inside
-                shift = (flat.masked_fill(off, -math.inf).logsumexp(1) -
-                         top.values.masked_fill(off, -math.inf).logsumexp(1))[:, None]  # fmt: skip
-                log_q = log_p.scatter(1, top.indices, torch.where(inside, flat - shift, top.values))
+            if reading == "nucleus":  # keeps its mass
+                kept = top.values.masked_fill(~inside, -math.inf)
+                flat = torch.log_softmax(phi * kept, 1) + kept.logsumexp(1, keepdim=True)
+                log_q = log_p.scatter(1, top.indices, torch.where(inside, flat, top.values))
             q = log_q.exp()
             columns = {
                 "outside": (q * outside).sum(1),
@@ -119,24 +115,16 @@ def inspect_reference(
     for reading, phi, *values in found.itertuples(index=False):
         table.add_row(reading, f"{phi:g}", *(f"{max(value, 0):.4f}" for value in values))
     Console().print(table)
-    samples = [
-        {
-            "phi": phi,
-            "row": row,
-            "text": respond(loaded, tokenizer, text, tokens=tokens, temperature=temperature / phi)[0],
-        }
-        for phi in SHOWN
-        for row, text in enumerate(texts[:SHOWN_PROMPTS])
-    ]
-    for sample in samples:
-        Console().print(f"phi {sample['phi']:g}, row {sample['row']}: {sample['text']}", markup=False, highlight=False)
+    samples = []
+    for phi, (row, text) in itertools.product(SHOWN, enumerate(texts[:SHOWN_PROMPTS])):
+        answer, _ = respond(loaded, tokenizer, text, tokens=tokens, temperature=temperature / phi)
+        samples.append({"phi": phi, "row": row, "text": answer})
+        Console().print(f"phi {phi:g}, row {row}: {answer}", markup=False, highlight=False)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"model": model, "prompts": str(prompts), "rows": len(texts), "tokens": count, "seed": seed}
-    settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    write_atomic(
-        out / "reference.json",
-        json.dumps(settings | {"results": found.to_dict("records"), "samples": samples}, indent=1),
-    )
+    told = {"model": model, "prompts": str(prompts), "rows": len(texts), "tokens": count, "seed": seed}
+    told |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    told |= {"results": found.to_dict("records"), "samples": samples}
+    write_atomic(out / "reference.json", json.dumps(told, indent=1))
     write_figure(reference_figure(found, what, top_k, top_p), out / "reference")
 
 
