@@ -479,7 +479,7 @@ def test_head_adds_its_passes_over_the_logits_to_every_stage(shape, job):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"gpus": 6}, "nearest legal: 4 GPUs"),
+        ({"gpus": 6}, "6 GPUs do not divide by TP x PP x CP = 4; nearest legal: 4"),
         ({"tensor": 3}, "tensor_model_parallel_size 3"),
         ({"tensor": 8}, "nearest legal: 4"),
         ({"pipeline": 3, "gpus": 24}, "does not divide 28 layers; nearest legal: 2"),
@@ -563,7 +563,7 @@ def test_no_larger_micro_batch_is_named_than_an_update_has_tokens_or_where_paddi
 def test_7b_on_2_cards_says_what_breaks_and_its_hint_fits(config):
     made = plan(config, H100, gpus=2)
     assert not made.fits
-    assert any("nearest legal: 4 GPUs" in line for line in made.problems)
+    assert any("2 GPUs do not divide by TP x PP x CP = 4; nearest legal: 4" in line for line in made.problems)
     assert any("update" in line and "optimizer states" in line for line in made.problems)
     (hint,) = made.nearest
     count, _, rest = hint.partition(" GPUs: ")

@@ -185,6 +185,14 @@ def test_hard_chosen_on_a_scoring_draw_is_refused(study):
             replace(study, hard_choice=result("Base", P_BASE, 9, draw=scored.draw))
 
 
+def test_draw_of_the_same_number_of_another_model_is_another_draw(study):
+    base, other = {"meta": {"model_sha256": "b"}}, {"meta": {"model_sha256": "r"}}
+    results = (result("Base", P_BASE, 1, **base), result("RAPO", P_RAPO, 9, **other))
+    assert not Study(results, result("Base", P_BASE, 9, **base)).same_draw
+    with pytest.raises(ValueError, match="share a draw"):
+        Study(results, result("Base", P_BASE, 9, draw=1, **base))
+
+
 def test_hard_chosen_on_the_same_counts_under_another_seed_is_refused(study):
     with pytest.raises(ValueError, match="share a draw"):
         replace(study, hard_choice=result("Base", P_BASE, 1, draw=77))

@@ -179,89 +179,16 @@ def _micro_tokens(config: DictConfig) -> list[int]:
     return [(node[f"{name}_micro_batch_size_per_gpu"] or 1) * sequence for node, name in nodes]
 
 
-def _nearest(value: int, legal: Callable[[int], bool], limit: int) -> str:
-    """Return the legal number of 1..limit nearest to ``value`` as a hint; of two equally near ones the smaller."""
-    candidates = [n for n in range(1, limit + 1) if legal(n)]
-    return f"nearest legal: {min(candidates, key=lambda n: (abs(n - value), n))}" if candidates else "none is legal"
-
-
 def violations(job: Job, shape: ModelShape) -> list[str]:
     """Return every way in which the layout cannot run, each with the nearest legal value.
 
     Sources: megatron-core 0.16 transformer_config.py (heads, KV heads, layers), veRL 0.9.1 engine_workers.py:268
-    (mini-batch by data parallel) and :666 (GPUs by rollout TP), seqlen_balancing.py (a micro-batch holds a sequence).
+    (mini-batch by data parallel) and :666 (GPUs by rollout TP), seqlen_balancing.py:384 (a micro-batch holds a
+    sequence), workers/rollout/vllm_rollout/vllm_async_server.py:1107 (positions, without any stretching of them).
     """
-    checks = [*_layout_checks(job, shape), *_batch_checks(job)]
-    # veRL 0.9.1 workers/rollout/vllm_rollout/vllm_async_server.py:1107 counts without any stretching of positions.
+    tokens = min(job.micro_tokens, job.least_tokens) * job.context
     longest = max(job.max_model_len, job.sequence)
-    checks.append(
-        (
-            shape.positions is None or longest <= shape.positions,
-            f"prompt and response, or rollout.max_model_len, take {longest} tokens; the model has {shape.positions} "
-            "positions: lower data.max_response_length, data.max_prompt_length or rollout.max_model_len",
-        )
-    )
-    return [message for legal, message in checks if not legal]
-
-
-def _layout_checks(job: Job, shape: ModelShape) -> list[tuple[bool, str]]:
-    size = job.tensor * job.pipeline * job.context
-
-    def tensor_legal(n: int) -> bool:
-        kv = shape.kv_heads % n == 0 or n % shape.kv_heads == 0
-        return kv and shape.heads % n == 0 and shape.ffn % n == 0 and shape.vocab % n == 0
-
-    def divides(total: int) -> Callable[[int], bool]:
-        return lambda n: total % n == 0
-
-    return [
-        (
-            job.gpus % size == 0,
-            f"{job.gpus} GPUs do not divide by TP x PP x CP = {size}; "
-            f"{_nearest(job.gpus, lambda n: n % size == 0, job.gpus + size)} GPUs",
-        ),
-        (
-            tensor_legal(job.tensor),
-            f"tensor_model_parallel_size {job.tensor} does not divide heads ({shape.heads}), KV heads "
-            f"({shape.kv_heads}; or is no multiple of them), feed-forward ({shape.ffn}) and vocabulary "
-            f"({shape.vocab}); {_nearest(job.tensor, tensor_legal, shape.heads)}",
-        ),
-        (
-            shape.layers % job.pipeline == 0,
-            f"pipeline_model_parallel_size {job.pipeline} does not divide {shape.layers} layers; "
-            f"{_nearest(job.pipeline, divides(shape.layers), shape.layers)}",
-        ),
-        (
-            job.backend == "megatron" or shape.heads % job.context == 0,
-            f"ulysses_sequence_parallel_size {job.context} does not divide {shape.heads} heads; "
-            f"{_nearest(job.context, divides(shape.heads), shape.heads)}",
-        ),
-        (
-            job.gpus % job.rollout_tensor == 0 and shape.heads % job.rollout_tensor == 0,
-            f"rollout.tensor_model_parallel_size {job.rollout_tensor} does not divide {job.gpus} GPUs and "
-            f"{shape.heads} heads; "
-            f"{_nearest(job.rollout_tensor, lambda n: job.gpus % n == 0 and shape.heads % n == 0, job.gpus)}",
-        ),
-    ]
-
-
-def _batch_checks(job: Job) -> list[tuple[bool, str]]:
-    mini, tokens = job.mini_batch * job.responses, min(job.micro_tokens, job.least_tokens) * job.context
-
-    def mini_legal(n: int) -> bool:
-        return n * job.responses % job.data == 0
-
-    return [
-        (
-            mini_legal(job.mini_batch),
-            f"ppo_mini_batch_size {job.mini_batch} x n {job.responses} = {mini} does not divide by {job.data} "
-            f"data-parallel ranks; {_nearest(job.mini_batch, mini_legal, job.mini_batch + job.data)}",
-        ),
-        (
-            job.prompts % job.mini_batch == 0,
-            f"train_batch_size {job.prompts} does not divide by ppo_mini_batch_size {job.mini_batch}: the rest of each "
-            f"batch is left out; {_nearest(job.mini_batch, lambda n: job.prompts % n == 0, job.prompts)}",
-        ),
+    checks = [
         (
             tokens >= job.sequence,
             f"a micro-batch holds {tokens} tokens, fewer than one prompt and response ({job.sequence}); "
@@ -275,4 +202,47 @@ def _batch_checks(job: Job) -> list[tuple[bool, str]]:
             0 < job.utilization < 1,
             f"rollout.gpu_memory_utilization is {job.utilization}; allowed: between 0 and 1",
         ),
+        (
+            shape.positions is None or longest <= shape.positions,
+            f"prompt and response, or rollout.max_model_len, take {longest} tokens; the model has {shape.positions} "
+            "positions: lower data.max_response_length, data.max_prompt_length or rollout.max_model_len",
+        ),
     ]
+    return _indivisible(job, shape) + [message for legal, message in checks if not legal]
+
+
+def _indivisible(job: Job, shape: ModelShape) -> list[str]:
+    size, mini = job.tensor * job.pipeline * job.context, job.mini_batch * job.responses
+
+    def splits_layer(n: int) -> bool:
+        kv = shape.kv_heads % n == 0 or n % shape.kv_heads == 0
+        return kv and shape.heads % n == 0 and shape.ffn % n == 0 and shape.vocab % n == 0
+
+    # What must hold of a number, the number, the largest that is tried as the nearest legal one, and what is wrong.
+    checks: list[tuple[Callable[[int], bool], int, int, str]] = [
+        (lambda n: n % size == 0, job.gpus, job.gpus + size,
+         f"{job.gpus} GPUs do not divide by TP x PP x CP = {size}"),
+        (splits_layer, job.tensor, shape.heads,
+         f"tensor_model_parallel_size {job.tensor} does not divide heads ({shape.heads}), KV heads ({shape.kv_heads}; "
+         f"or is no multiple of them), feed-forward ({shape.ffn}) and vocabulary ({shape.vocab})"),
+        (lambda n: shape.layers % n == 0, job.pipeline, shape.layers,
+         f"pipeline_model_parallel_size {job.pipeline} does not divide {shape.layers} layers"),
+        (lambda n: job.backend == "megatron" or shape.heads % n == 0, job.context, shape.heads,
+         f"ulysses_sequence_parallel_size {job.context} does not divide {shape.heads} heads"),
+        (lambda n: job.gpus % n == 0 and shape.heads % n == 0, job.rollout_tensor, job.gpus,
+         f"rollout.tensor_model_parallel_size {job.rollout_tensor} does not divide {job.gpus} GPUs and {shape.heads} "
+         "heads"),
+        (lambda n: n * job.responses % job.data == 0, job.mini_batch, job.mini_batch + job.data,
+         f"ppo_mini_batch_size {job.mini_batch} x n {job.responses} = {mini} does not divide by {job.data} data-"
+         "parallel ranks"),
+        (lambda n: job.prompts % n == 0, job.mini_batch, job.prompts,
+         f"train_batch_size {job.prompts} does not divide by ppo_mini_batch_size {job.mini_batch}: the rest of each "
+         "batch is left out"),
+    ]  # fmt: skip
+    return [f"{wrong}; {_nearest(value, legal, most)}" for legal, value, most, wrong in checks if not legal(value)]
+
+
+def _nearest(value: int, legal: Callable[[int], bool], most: int) -> str:
+    """Return the legal number of 1..most nearest to ``value`` as a hint; of two equally near ones the smaller."""
+    candidates = [n for n in range(1, most + 1) if legal(n)]
+    return f"nearest legal: {min(candidates, key=lambda n: (abs(n - value), n))}" if candidates else "none is legal"

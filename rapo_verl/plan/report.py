@@ -140,45 +140,29 @@ def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, lis
 
     Tried are TP up to 8, offload, the smallest micro-batch, and the rollout's share and TP; PP and CP stay.
     """
-    tensors = (2**i for i in range(4)) if job.backend == "megatron" else (job.tensor,)
-    offloads = ((False, False), (False, True), (True, True))
-    micro = {job.micro_tokens, -(-job.sequence // job.context)}
-    rollouts = sorted({job.rollout_tensor, 2, 4})
-    utilizations = sorted({job.utilization, *UTILIZATIONS}, reverse=True)
-    options = itertools.product(tensors, offloads, micro, utilizations, rollouts)
-    engine = "actor.megatron" if job.backend == "megatron" else "actor.fsdp_config"
+    megatron = job.backend == "megatron"
+    engine = "actor.megatron" if megatron else "actor.fsdp_config"
+    options = {
+        ("tensor", f"{engine}.tensor_model_parallel_size"): (1, 2, 4, 8) if megatron else (job.tensor,),
+        ("optimizer_offload", f"{engine}.optimizer_offload"): (False, True),
+        ("param_offload", f"{engine}.param_offload"): (False, True),
+        ("micro_tokens", "actor.ppo_max_token_len_per_gpu"): {job.micro_tokens, -(-job.sequence // job.context)},
+        ("utilization", "rollout.gpu_memory_utilization"): sorted({job.utilization, *UTILIZATIONS}, reverse=True),
+        ("rollout_tensor", "rollout.tensor_model_parallel_size"): sorted({job.rollout_tensor, 2, 4}),
+    }
     found = []
-    for tensor, (params, optimizer), tokens, utilization, rollout in options:
-        variant = replace(
-            job,
-            gpus=gpus,
-            tensor=tensor,
-            sequence_parallel=tensor > 1,
-            param_offload=params,
-            optimizer_offload=optimizer,
-            reference_offload=job.reference_offload or params,
-            micro_tokens=tokens,
-            least_tokens=tokens,
-            utilization=utilization,
-            rollout_tensor=rollout,
-        )
-        changes = [
-            f"actor_rollout_ref.{key}={new}"
-            for key, old, new in (
-                (f"{engine}.tensor_model_parallel_size", job.tensor, tensor),
-                (f"{engine}.optimizer_offload", job.optimizer_offload, optimizer),
-                (f"{engine}.param_offload", job.param_offload, params),
-                ("actor.ppo_max_token_len_per_gpu", job.micro_tokens, tokens),
-                ("rollout.gpu_memory_utilization", job.utilization, utilization),
-                ("rollout.tensor_model_parallel_size", job.rollout_tensor, rollout),
-            )
-            if old != new
-        ]
-        if not violations(variant, shape):
-            found.append(
-                (params + optimizer, len(changes), abs(job.utilization - utilization), tensor, variant, changes)
-            )
-    for *_, variant, changes in sorted(found, key=lambda row: row[:4]):
+    for values in itertools.product(*options.values()):
+        new: dict[str, Any] = {name: value for (name, _), value in zip(options, values)}
+        changes = [f"actor_rollout_ref.{key}={new[name]}" for name, key in options if new[name] != getattr(job, name)]
+        new |= {"least_tokens": new["micro_tokens"], "sequence_parallel": new["tensor"] > 1}
+        new["reference_offload"] = job.reference_offload or new["param_offload"]
+        variant = replace(job, gpus=gpus, **new)
+        offloads = variant.param_offload + variant.optimizer_offload
+        # The optimizer's states are larger, and needed in one phase alone: they go first.
+        if variant.param_offload <= variant.optimizer_offload and not violations(variant, shape):
+            mildness = offloads, len(changes), abs(job.utilization - variant.utilization), variant.tensor
+            found.append((mildness, variant, changes))
+    for _, variant, changes in sorted(found, key=lambda row: row[0]):
         yield variant, changes
 
 

@@ -239,6 +239,9 @@ def _hard_faults(study: Study) -> list[str]:
 
 def _shares_draw(scored: EvalResult, chosen: EvalResult) -> bool:
     """Return whether a result may be the draw that chose Hard: by its number, or by eight counts that had room."""
+    weights = [result.meta.get("model_sha256") for result in (scored, chosen)]
+    if all(weights) and weights[0] != weights[1]:
+        return False  # a seed is hashed from the weights, too: two models' draws of one number share nothing
     free = sum(0 < c < scored.n for c in scored.correct)
     same = (scored.name, scored.n, scored.correct) == (chosen.name, chosen.n, chosen.correct) and free >= 8
     return scored.draw == chosen.draw or same
