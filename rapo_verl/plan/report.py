@@ -4,7 +4,7 @@ import bisect
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -142,7 +142,7 @@ def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, lis
     """
     megatron = job.backend == "megatron"
     engine = "actor.megatron" if megatron else "actor.fsdp_config"
-    options = {
+    options: dict[tuple[str, str], Iterable[Any]] = {
         ("tensor", f"{engine}.tensor_model_parallel_size"): (1, 2, 4, 8) if megatron else (job.tensor,),
         ("optimizer_offload", f"{engine}.optimizer_offload"): (False, True),
         ("param_offload", f"{engine}.param_offload"): (False, True),
