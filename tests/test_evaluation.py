@@ -167,6 +167,10 @@ def test_every_changed_manifest_key_is_refused(tmp_path):
         with pytest.raises(Refused, match=f"another evaluation(.|\n)*{key}.*there.*here"):
             draw(tmp_path, **{key: value})
     draw(tmp_path)  # the same one goes on
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"temperature": 1.0', '"temperature": 0.6'))
+    with pytest.raises(Refused, match=r"manifest\.json was changed"):  # after it was written
+        Store.open(tmp_path)
 
 
 def test_second_process_on_one_folder_is_refused(tmp_path):

@@ -49,15 +49,13 @@ class EngineSpec:
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of vLLM's engine."""
-        defaults = {
+        return {
             "max_num_seqs": MAX_NUM_SEQS,
             "enable_prefix_caching": True,
             # The checkpoint's generation_config.json must not change how responses are drawn.
             "generation_config": "vllm",
             "seed": 0,
             "disable_log_stats": True,
-        }
-        return defaults | {
             "model": self.model,
             "max_model_len": self.max_model_len,
             "tensor_parallel_size": self.tensor_parallel,

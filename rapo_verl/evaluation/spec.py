@@ -144,7 +144,7 @@ class SamplingPlan:
     @cached_property
     def sha(self) -> str:
         """Sha256 of the manifest; every shard carries it."""
-        return _sha(self.manifest)
+        return sha_of(self.manifest)
 
 
 def read_problems(files: Sequence[Path], limit: int | None = None) -> tuple[tuple[Problem, ...], dict[str, str]]:
@@ -238,8 +238,9 @@ def _text(content: Any) -> str | None:
 
 def prompts_sha256(prompts: Sequence[Sequence[int]]) -> str:
     """Return the sha256 of prompts as token ids."""
-    return _sha([list(prompt) for prompt in prompts])
+    return sha_of([list(prompt) for prompt in prompts])
 
 
-def _sha(value: Any) -> str:
+def sha_of(value: Any) -> str:
+    """Return the sha256 of a value as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

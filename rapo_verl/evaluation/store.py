@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rapo_verl import Refused
-from rapo_verl.evaluation.spec import FORMAT, SamplingPlan, Shard
+from rapo_verl.evaluation.spec import FORMAT, SamplingPlan, Shard, sha_of
 from rapo_verl.run.files import write_atomic
 from rapo_verl.run.lock import NoLocksHereError, held
 
@@ -115,6 +115,9 @@ class Store:
             raise Refused(f"{folder} holds no evaluation ({error}); make one with `rapo eval generate`") from error
         if manifest.get("format") != FORMAT:
             raise Refused(f"{folder}: the manifest's format must be {FORMAT!r}; got {manifest.get('format')!r}")
+        stated = {key: value for key, value in manifest.items() if key not in ("sha256", "notes")}
+        if sha_of(stated) != manifest.get("sha256"):
+            raise Refused(f"{folder}: {MANIFEST_FILE} was changed; its samples were drawn as it said before")
         return cls(folder, manifest, problems)
 
     @contextmanager
