@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rapo_verl import Refused
 from rapo_verl.cluster import board
 from rapo_verl.cluster.board import Board
 from rapo_verl.cluster.checks import check_node, disagreements
@@ -136,6 +137,12 @@ def test_whatever_nvidia_smi_does_is_a_line_of_the_table(tmp_path, monkeypatch, 
     monkeypatch.setenv("RAPO_GPUS_PER_NODE", "1")
     wrong = {f.what: f.found for f in check_node(Facts.read()) if not f.ok and f.what.startswith(("driver", "GPU"))}
     assert wrong == ({} if said is None else {"driver": said})
+
+
+def test_setting_that_is_no_number_is_named(monkeypatch):
+    monkeypatch.setenv("RAPO_OBJECT_STORE_BYTES", "8G")
+    with pytest.raises(Refused, match="RAPO_OBJECT_STORE_BYTES is '8G'; allowed: a number"):
+        Facts.read()
 
 
 def test_check_that_fails_itself_is_what_it_found(monkeypatch):

@@ -592,6 +592,14 @@ def test_hint_stays_on_the_same_cards_where_offload_is_enough(config):
     assert plan(fewer, GPUS["a100-40"], gpus=8).fits
 
 
+def test_hint_names_no_tokens_where_micro_batches_are_cut_by_sequences(config):
+    by_sequences = OmegaConf.merge(
+        config, {"actor_rollout_ref": {"actor": {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": 2}}}
+    )
+    made = plan(by_sequences, GPUS["a100-40"], gpus=8)
+    assert made.nearest and not any("max_token_len" in hint for hint in made.nearest)
+
+
 def test_cli_prints_json_and_exits_by_whether_it_fits():
     runner = CliRunner()
     done = runner.invoke(app, ["plan", "qwen2.5_7b_rapo", "--gpus", "16", "--gpu", "h100", "--json"])

@@ -3,8 +3,12 @@
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from rapo_verl import Refused
 
 
 @dataclass(frozen=True)
@@ -35,20 +39,26 @@ class Facts:
     def read(cls) -> "Facts":
         """Return what the environment says; slurm/env may leave a name empty."""
 
-        def get(*names: str) -> str | None:
-            return next((os.environ[name] for name in names if os.environ.get(name)), None)
+        def get(name: str) -> str | None:
+            return os.environ.get(name) or None
 
-        gpus, store = get("RAPO_GPUS_PER_NODE"), get("RAPO_OBJECT_STORE_BYTES")
+        def number(name: str, default: Any = None, kind: Callable[[str], float] = int) -> Any:
+            text = get(name)
+            try:
+                return default if text is None else kind(text)
+            except ValueError as error:
+                raise Refused(f"{name} is {text!r}; allowed: a number (slurm/env)") from error
+
         return cls(
-            job=int(get("SLURM_JOB_ID") or 0),
+            job=number("SLURM_JOB_ID", 0),
             tag=get("RAPO_TAG") or "0-0",
-            gpus=int(gpus) if gpus else None,
-            cpus=int(get("RAPO_RAY_CPUS", "SLURM_CPUS_PER_TASK") or os.cpu_count() or 1),
-            object_store_bytes=int(store) if store else None,
+            gpus=number("RAPO_GPUS_PER_NODE"),
+            cpus=number("RAPO_RAY_CPUS", number("SLURM_CPUS_PER_TASK", os.cpu_count() or 1)),
+            object_store_bytes=number("RAPO_OBJECT_STORE_BYTES"),
             interface=get("RAPO_INTERFACE"),
             tmp=Path(get("RAPO_NODE_TMP") or "/tmp"),
-            join_seconds=float(get("RAPO_JOIN_SECONDS") or 300),
-            lost_seconds=float(get("RAPO_LOST_SECONDS") or 120),
+            join_seconds=number("RAPO_JOIN_SECONDS", 300.0, float),
+            lost_seconds=number("RAPO_LOST_SECONDS", 120.0, float),
             smoke=get("RAPO_SMOKE") or "auto",
             dry_run=get("RAPO_DRY_RUN") is not None,
             command=shlex.split(get("RAPO_COMMAND") or "") or [sys.executable, "-m", "rapo_verl.cli"],

@@ -142,11 +142,13 @@ def _variants(job: Job, shape: ModelShape, gpus: int) -> Iterator[tuple[Job, lis
     """
     megatron = job.backend == "megatron"
     engine = "actor.megatron" if megatron else "actor.fsdp_config"
+    # Cut by sequences, no number of tokens changes a micro-batch.
+    shortest = -(-job.sequence // job.context) if job.by_tokens else job.micro_tokens
     options: dict[tuple[str, str], Iterable[Any]] = {
         ("tensor", f"{engine}.tensor_model_parallel_size"): (1, 2, 4, 8) if megatron else (job.tensor,),
         ("optimizer_offload", f"{engine}.optimizer_offload"): (False, True),
         ("param_offload", f"{engine}.param_offload"): (False, True),
-        ("micro_tokens", "actor.ppo_max_token_len_per_gpu"): {job.micro_tokens, -(-job.sequence // job.context)},
+        ("micro_tokens", "actor.ppo_max_token_len_per_gpu"): {job.micro_tokens, shortest},
         ("utilization", "rollout.gpu_memory_utilization"): sorted({job.utilization, *UTILIZATIONS}, reverse=True),
         ("rollout_tensor", "rollout.tensor_model_parallel_size"): sorted({job.rollout_tensor, 2, 4}),
     }

@@ -158,13 +158,16 @@ def moments(name: str, pair: Pair) -> tuple[torch.Tensor, float]:
     if name == ANSWERS:
         pi, ref = torch.softmax(pair.logits, -1), pair.log_ref.exp()
         return pi - ref, float(1 - (ref**2).sum())
-    log_pi = torch.log_softmax(pair.logits, -1)
-    leaf = log_pi.clone().requires_grad_(True)
-    (slope,) = torch.autograd.grad(sampled(name)(leaf, pair.log_old, pair.log_ref).sum(), leaf)
-    pi, weight = log_pi.exp(), pair.log_old.exp()
-    mean = weight * slope - pi * (weight * slope).sum()
+    weight, pi, steep = pair.log_old.exp(), torch.softmax(pair.logits, -1), slope(name, pair)
+    mean = weight * steep - pi * (weight * steep).sum()
     squared = 1 - 2 * pi + (pi**2).sum()  # |e_y - pi|^2
-    return mean, float((weight * slope**2 * squared).sum() - (mean**2).sum())
+    return mean, float((weight * steep**2 * squared).sum() - (mean**2).sum())
+
+
+def slope(name: str, pair: Pair) -> torch.Tensor:
+    """Return f'(y), the derivative of a sampled estimator in log pi, at each token."""
+    leaf = torch.log_softmax(pair.logits, -1).requires_grad_(True)
+    return torch.autograd.grad(sampled(name)(leaf, pair.log_old, pair.log_ref).sum(), leaf)[0]
 
 
 def _per_token(pair: Pair, k: int) -> torch.Tensor:

@@ -55,9 +55,7 @@ def clamp(name: str) -> str:
         return f"the pull stops growing at rho = {bound:g}: far from the reference {share:.0%} of its mass is beyond"
     if name in exact.PER_TOKEN or name == exact.ANSWERS:
         return "none"
-    leaf = torch.log_softmax(pair.logits, -1).requires_grad_(True)
-    (slope,) = torch.autograd.grad(exact.sampled(name)(leaf, pair.log_old, pair.log_ref).sum(), leaf)
-    dead = slope == 0
+    dead = exact.slope(name, pair) == 0
     if not dead.any():
         return "none is met" + (" (rho only at e^20)" if name in exact.OURS else "")
     share, start = float(pair.log_ref.exp()[dead].sum()), float(log_rho[dead].min().exp())
