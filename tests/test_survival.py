@@ -170,13 +170,14 @@ def test_what_a_command_left_behind_at_once_is_ended_and_another_s_child_is_not(
     # The daemon has lost its parent before anybody could look; the other process is beside the command.
     code = (
         "import subprocess, time\n"
-        "from rapo_verl.run.processes import descendants, no_process_left\n"
+        "from rapo_verl.run import processes\n"
+        "processes.GRACE_SECONDS = 0.5\n"
         "other = subprocess.Popen(['sleep', '777'])\n"
         "daemon = 'setsid sleep 778 </dev/null >/dev/null 2>&1 & echo $!'\n"
-        "with no_process_left(['bash', '-c', daemon], stdout=subprocess.PIPE) as child:\n"
+        "with processes.no_process_left(['bash', '-c', daemon], stdout=subprocess.PIPE) as child:\n"
         "    print(child.stdout.read().decode(), flush=True)\n"
         "    child.wait()\n"
-        "assert [process.pid for process in descendants()] == [other.pid]\n"
+        "assert [process.pid for process in processes.descendants()] == [other.pid]\n"
         "other.kill()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -76,25 +76,20 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
+def _all_but(spare: Collection[psutil.Process]) -> list[psutil.Process]:
+    """Return the children of this process and all below them, but for those in ``spare`` and what is below those."""
+    children = [child for child in psutil.Process().children() if child not in spare]
+    return [process for child in children for process in (child, *descendants(child.pid))]
+
+
 def end_descendants(grace: float, spare: Collection[psutil.Process] = ()) -> None:
-    """Ask every descendant to end, kill after ``grace`` seconds those that have not, and collect them.
-
-    The children in ``spare``, and what they have started, are let alone.
-    """
-
-    def send(signal_name: str) -> list[psutil.Process]:
-        children = [child for child in psutil.Process().children() if child not in spare]
-        found = [process for child in children for process in (child, *descendants(child.pid))]
+    """Ask all descendants `_all_but` some to end, kill after ``grace`` seconds those that have not, collect them."""
+    for how, seconds in (("terminate", grace), *[("kill", 2.0)] * 10):  # what is killed may have started another
+        found = _all_but(spare)
         for process in found:
             with suppress(psutil.NoSuchProcess):
-                getattr(process, signal_name)()
-        return found
-
-    psutil.wait_procs(send("terminate"), timeout=grace)
-    for _ in range(10):  # a process that is killed may have started another meanwhile
-        if not (alive := send("kill")):
-            break
-        psutil.wait_procs(alive, timeout=2)
+                getattr(process, how)()
+        psutil.wait_procs(found, timeout=seconds)
 
 
 def dump_stacks(folder: Path, processes: list[psutil.Process]) -> None:
@@ -158,4 +153,5 @@ def no_process_left(command: list[str], **options: Any) -> Iterator[subprocess.P
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-        end_descendants(GRACE_SECONDS, spare=others)
+        psutil.wait_procs(_all_but(others), timeout=GRACE_SECONDS)  # Ray's daemons and W&B's uploads end by themselves
+        end_descendants(GRACE_SECONDS / 4, spare=others)

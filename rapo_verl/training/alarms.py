@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import transfer_queue as tq
-from omegaconf import DictConfig
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from rapo_verl.method.passk import pass_at_k_curve
@@ -58,16 +57,11 @@ def groups_of(batch: Any) -> Groups:
 
 
 class AlarmMixin(PPOTrainer):
-    """Adds ``rapo/groups/*`` and ``rapo/alarm/*`` to a step's metrics, and says once when an alarm begins.
+    """Adds ``rapo/groups/*`` and ``rapo/alarm/*`` to a step's metrics, and says once when an alarm begins."""
 
-    Attributes:
-        _collapse: what the alarms say, once one holds and the run is to end then (`survival.stop_on_collapse`).
-    """
-
-    def __init__(self, config: DictConfig):
-        self._collapse: str | None = None
-        self._listener: Listener | None = None
-        super().__init__(config)
+    # What the alarms say, once one holds and the run is to end then (`survival.stop_on_collapse`).
+    _collapse: str | None = None
+    _listener: Listener | None = None
 
     def _compute_metrics(self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         # verl 0.9.1 trainer/ppo/v1/trainer_base.py:1868: the first to see a step's metrics whole, the last

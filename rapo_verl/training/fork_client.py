@@ -20,8 +20,8 @@ def main(address: str, arguments: list[str]) -> None:
     except OSError:
         server.close()
         os.execv(sys.executable, [sys.executable, *arguments])
-    inherited = sorted(int(name) for name in os.listdir("/proc/self/fd"))
-    files = [fd for fd in inherited if fd != server.fileno() and _is_open(fd)]
+    inherited = sorted(int(name) for name in os.listdir("/proc/self/fd"))  # with the one that lists, closed by now
+    files = [fd for fd in inherited if fd != server.fileno() and os.path.exists(f"/proc/self/fd/{fd}")]
     job = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "files": files}
     text = json.dumps(job).encode()
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))
@@ -44,14 +44,6 @@ def main(address: str, arguments: list[str]) -> None:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
 
 
 def _pass_on(pid: int, number: int) -> None:

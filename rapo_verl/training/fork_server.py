@@ -36,8 +36,6 @@ from rapo_verl.run.processes import end_with_parent
 _SAFE_THREADS = {"jemalloc_bg_thd"}
 # Bytes of a Unix socket's address (sys/un.h), seconds for a client to say what it wants.
 _LONGEST_ADDRESS, _CLIENT_SECONDS = 107, 30.0
-# Options of `python` that take no argument of their own, and those that do.
-_FLAGS, _WITH_ARGUMENT = set("bBdEiIOPqsSuvx"), ("-X", "-W")
 
 
 @contextmanager
@@ -241,11 +239,8 @@ def _run(arguments: list[str]) -> int:
     """Do what ``python *arguments`` does and return its exit code."""
     rest = list(arguments)
     while rest and rest[0].startswith("-") and rest[0] not in ("-c", "-m"):
-        option = rest.pop(0)
-        if option in _WITH_ARGUMENT:
+        if rest.pop(0) in ("-X", "-W"):
             rest.pop(0)
-        elif not (set(option[1:]) <= _FLAGS or option[:2] in _WITH_ARGUMENT):
-            raise ValueError(f"the fork server does not know python's option {option}")
     main = sys.modules["__main__"] = ModuleType("__main__")
     try:
         if rest[0] == "-c":

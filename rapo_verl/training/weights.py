@@ -56,7 +56,7 @@ class CpuWorkerExtension(RunWorkerExtension):
     def update_weights_from_ipc(
         self, peft_config: dict | None = None, base_sync_done: bool = False, use_shm: bool = False
     ) -> None:
-        """Receive all weights of the actor and reload the model with them; an adapter is none that could be."""
+        """Receive all weights of the actor and reload the model with them; LoRA's adapters cannot be loaded so."""
         # verl 0.9.1 workers/rollout/vllm_rollout/utils.py:248: writes into the live parameters instead, which the CPU
         # backend has repacked at load time.
         if peft_config is not None:
