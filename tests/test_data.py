@@ -534,7 +534,7 @@ def test_aime_keys_are_those_of_the_problems_and_known_by_their_words(tmp_path, 
         ("d.json", "[" * 100_000, "recursion"),
         ("e.jsonl", '{"a": ' * 100_000, "recursion"),
         ("f.csv", "question,answer\nq,1\nWhat, then?,2,3\n", "line 3: more cells than the header"),
-        ("g.jsonl", '{"question": "q", "answer": ' + "1" * 5000 + "}", "after row -1"),
+        ("g.jsonl", '{"question": "q", "answer": ' + "1" * 5000 + "}", "g.jsonl: Exceeds the limit"),
         ("h.json", '{"question": "q", "answer": "1"}', "one list of rows is read; got none"),
     ],
 )

@@ -21,6 +21,8 @@ app.add_typer(data.app, name="data", rich_help_panel="Data")
 def main() -> None:
     """Run the command line; Ctrl-C ends with exit code 130."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # It has a handler of its own, and would say everything twice.
+    logging.getLogger("huggingface_hub").propagate = False
     try:
         app()
     except KeyboardInterrupt:

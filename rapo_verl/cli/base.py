@@ -1,5 +1,6 @@
 """What every command shares: one refusal, and the config of a run from its overrides."""
 
+import errno
 import sys
 from typing import Any
 
@@ -9,6 +10,8 @@ from typer.core import TyperGroup
 from rapo_verl import Failed, Refused
 from rapo_verl.run.names import FAILED, REFUSED
 
+# What the system says of a path that a user gave and that cannot be used as it was.
+_UNUSABLE = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EROFS}
 # Of `rapo --help`, in this order; a group's commands have none.
 PANELS = ("Train", "Evaluate", "Data", "Look")
 
@@ -34,6 +37,11 @@ class Commands(TyperGroup):
         except Failed as error:
             print(f"rapo: {error}", file=sys.stderr)
             raise typer.Exit(FAILED) from error
+        except OSError as error:
+            if error.errno not in _UNUSABLE or error.filename is None:
+                raise
+            print(f"rapo: {error.filename2 or error.filename}: {error.strerror}; give another path", file=sys.stderr)
+            raise typer.Exit(REFUSED) from error
 
 
 def commands(help: str) -> typer.Typer:
@@ -47,6 +55,8 @@ def composed(overrides: list[str]) -> Any:
     """Return the resolved config of the overrides."""
     from rapo_verl.run.compose import compose_or_refuse, experiments
 
-    if not any(override.startswith("experiment=") for override in overrides):
-        raise Refused(f"no experiment given; allowed: {', '.join(f'experiment={name}' for name in experiments())}")
+    named = [override.removeprefix("experiment=") for override in overrides if override.startswith("experiment=")]
+    if not named or named[-1] not in experiments():
+        what = f"experiment {named[-1]!r} is not known" if named else "no experiment given"
+        raise Refused(f"{what}; allowed: experiment=NAME, one of {', '.join(experiments())}")
     return compose_or_refuse(overrides)

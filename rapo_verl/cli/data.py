@@ -14,12 +14,12 @@ app = commands("Problem sets as veRL parquet: docs/data-and-verifier.md.")
 @app.command("prepare")
 def data_prepare(
     sources: Annotated[list[str], typer.Argument(help="simplerl-8k, aime24, aime25, math500 (from the hub) or files")],
-    out: Annotated[Path, typer.Option(help="folder")] = Path("data"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder")] = Path("data"),
     name: Annotated[str | None, typer.Option(help="of the set, for one source; aime...: AIME's rules")] = None,
     against: Annotated[list[Path] | None, typer.Option(help="file that may share no question; repeatable")] = None,
     drop_overlap: Annotated[bool, typer.Option("--drop-overlap", help="leave overlap out, do not refuse")] = False,
     model: Annotated[str | None, typer.Option(help="folder or hub id; its tokenizer counts tokens")] = None,
-    max_prompt_tokens: Annotated[int, typer.Option(help="of the rendered prompt; longer ones are dropped")] = 1024,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="of the rendered prompt; longer are dropped")] = 1024,
     prompt: Annotated[str, typer.Option(help="qwen-boxed, boxed (no system message) or bare")] = "qwen-boxed",
 ) -> None:
     """Check problem sets row by row and write each as OUT/NAME.parquet with a data card; exit code 2 if refused.
@@ -51,8 +51,8 @@ def data_prepare(
 def data_show(
     file: Annotated[Path, typer.Argument(help="made by `rapo data prepare`")],
     model: Annotated[str | None, typer.Option(help="folder or hub id; default: Qwen2.5's template")] = None,
-    rows: Annotated[int, typer.Option(help="how many")] = 3,
-    start: Annotated[int, typer.Option(help="first row")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="how many")] = 3,
+    start: Annotated[int, typer.Option(min=0, help="first row")] = 0,
 ) -> None:
     """Print prompts as the model will see them.
 

@@ -27,7 +27,7 @@ DEADLINE_S = 5.0
 def eval_generate(
     model: Annotated[str, typer.Option(help="run's folder, checkpoint (Hugging Face, veRL's global_step_N) or hub id")],
     data: Annotated[list[Path], typer.Option(help="parquet of `rapo data prepare`; more files may follow")],
-    out: Annotated[Path, typer.Option(help="folder of the samples")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder of the samples")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="[DATA]...", help="more files")] = None,
     preset: Annotated[str, typer.Option(help=f"one of {', '.join(PRESETS)}")] = "rapo-paper",
     n: Annotated[int | None, typer.Option(min=1, help="samples a problem")] = None,
@@ -116,7 +116,7 @@ def _score(folders: list[Path], strictness: str, deadline: float, jobs: int | No
             # The others are judged all the same.
             faults += error.problems
             continue
-        print(f"{folder}: {judged} of {len(store.problems)} problems judged, the others were")
+        print(f"{folder}: {judged} problems judged, {len(store.problems) - judged} were already")
     if faults:
         raise Refused(faults)
 
@@ -140,18 +140,19 @@ def reference_answers(
     folder: Annotated[Path, typer.Argument(help="made by `rapo eval generate --token-ids` with the base model")],
     strictness: Strictness = "symmetric",
     deadline: Annotated[float, typer.Option(help="seconds that one comparison may take")] = DEADLINE_S,
-    jobs: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")] = None,
 ) -> None:
     """Judge a base model's answers to the training problems and put them into one file, for rapo.forward_kl.samples.
 
     Example: rapo reference-answers answers/base
     """
-    from rapo_verl.evaluation.collect import collect_answers
+    from rapo_verl.evaluation.collect import collect_answers, need_tokens
     from rapo_verl.evaluation.store import Store
     from rapo_verl.run.reference_answers import ReferenceAnswers
 
-    _score([folder], strictness, deadline, jobs)
     store = Store.open(folder)
+    need_tokens(store)
+    _score([folder], strictness, deadline, jobs)
     path = collect_answers(store)
     print(f"{path}: {ReferenceAnswers.read(folder, limit=store.manifest['sampling']['max_tokens']).describe()}")
 
@@ -159,16 +160,18 @@ def reference_answers(
 @app.command("report")
 def eval_report(
     folders: Folders,
-    out: Annotated[Path, typer.Option(help="folder of the report")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder of the report")],
     hard_from: Annotated[Path | None, typer.Option(help="another draw of the base, which chooses Hard")] = None,
-    force_same_draw: Annotated[bool, typer.Option(help="let a scored draw choose Hard; the report says so")] = False,
+    force_same_draw: Annotated[
+        bool, typer.Option("--force-same-draw", help="let a scored draw choose Hard; the report says so")
+    ] = False,
     force: Annotated[
-        bool, typer.Option(help="compare models that were sampled differently; the report says so")
+        bool, typer.Option("--force", help="compare models that were sampled differently; the report says so")
     ] = False,
     score: Annotated[bool, typer.Option("--score", help="first judge what `rapo eval score` would")] = False,
     strictness: Strictness = "symmetric",
     title: Annotated[str, typer.Option()] = "pass@k",
-    draws: Annotated[int, typer.Option(min=1, help="of each interval")] = 2000,
+    draws: Annotated[int, typer.Option(min=100, help="of each interval")] = 2000,
 ) -> None:
     """Write report.html, figures, JSON, CSV and a LaTeX table from judged folders, the first is the base by default.
 

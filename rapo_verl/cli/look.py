@@ -15,7 +15,7 @@ app = commands("Look.")
 def plan(
     recipe: Annotated[str, typer.Argument(help="name of an experiment")],
     overrides: Annotated[list[str] | None, typer.Argument(help="any key=value, as for `rapo train`")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="how many; default: the recipe's")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, max=1 << 16, help="how many; default: the recipe's")] = None,
     gpu: Annotated[str | None, typer.Option(help="h100, a100-40, rtx4090, ...; default: the card here")] = None,
     response: Annotated[int, typer.Option(min=1, help="mean tokens of a response, for the times")] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -25,8 +25,13 @@ def plan(
     Example: rapo plan qwen2.5_7b_rapo --gpus 16 --gpu h200
     """
     from rapo_verl.plan.report import show_plan
+    from rapo_verl.run.compose import compose_config
+    from rapo_verl.run.values import wrong_values
 
     config = composed([f"experiment={recipe}", *(overrides or [])])
+    wrong = wrong_values(config, compose_config([]))
+    if wrong:
+        raise Refused(list(wrong.values()))
     fits = show_plan(config, gpu=gpu, gpus=gpus, response=response, as_json=as_json)
     raise typer.Exit(0 if fits else 1)
 
@@ -66,6 +71,8 @@ def checkpoints(
     """
     from rapo_verl.run.inspect import export_checkpoint, show_checkpoints
 
+    if export is None and to is not None:
+        raise Refused("--to is the folder of --export STEP, which was not given")
     if export is None:
         raise typer.Exit(0 if show_checkpoints(run, verify=verify) else 1)
     print(export_checkpoint(run, export, to or run / "export" / f"step_{export}"))
@@ -74,7 +81,7 @@ def checkpoints(
 @app.command()
 def watch(
     run: Annotated[Path, typer.Argument(help="run folder")],
-    once: Annotated[Path | None, typer.Option(help="write the page to this HTML file and end")] = None,
+    once: Annotated[Path | None, typer.Option(dir_okay=False, help="write the page to this HTML file and end")] = None,
     text: Annotated[bool, typer.Option("--text", help="print it here and end; exit code 1 if an alarm holds")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="of the page; 0: any that is free")] = 8765,
     refresh: Annotated[int, typer.Option(min=1, help="seconds after which the page reads the folder again")] = 15,
@@ -93,6 +100,7 @@ def watch(
         return
     shot = page.take(run)
     if once is not None:
+        once.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(once, page.render(shot))
         print(once)
     if text:
@@ -103,7 +111,7 @@ def watch(
 @app.command("inspect-batch")
 def inspect_batch(
     file: Annotated[Path, typer.Argument(help="bad_batches/step_N.pt of a run that stopped on NaN")],
-    rows: Annotated[int, typer.Option(help="responses to show")] = 5,
+    rows: Annotated[int, typer.Option(min=0, help="responses to show")] = 5,
 ) -> None:
     """Say what in a batch is NaN or infinite, and show the responses it stands in.
 
@@ -116,7 +124,9 @@ def inspect_batch(
 
 @app.command()
 def figures(
-    out: Annotated[Path, typer.Option(help="folder for the figures, PNG and SVG")] = Path("docs/images"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder for the figures, PNG and SVG")] = Path(
+        "docs/images"
+    ),
 ) -> None:
     """Draw the theory: optimal policies (the paper's Figures 1 and 2), bias and variance of the KL estimators.
 
@@ -134,7 +144,9 @@ def explain_kl(
     overrides: Annotated[list[str] | None, typer.Argument(help="any key=value, as for `rapo train`")] = None,
     setting: Annotated[str | None, typer.Option(help="of another framework: trl-grpo, nemo-rl, openrlhf, ...")] = None,
     updates: Annotated[int | None, typer.Option(min=0, help="updates since sampling; default: the config's")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG: where it takes policies that lost a mode")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="PNG: where it takes policies that lost a mode")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="write the page of all estimators and settings")] = False,
     page: Annotated[Path, typer.Option(help="that page")] = Path("docs/estimators.md"),
 ) -> None:
@@ -166,6 +178,7 @@ def explain_kl(
     found = found if updates is None else found._replace(updates=updates)
     theory.show(found, Console())
     if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(plot, image(theory.plot(found), "png"))
         print(plot)
 
@@ -174,13 +187,13 @@ def explain_kl(
 def inspect_reference(
     model: Annotated[str, typer.Argument(help="checkpoint folder or hub id")],
     prompts: Annotated[Path, typer.Option(help="veRL parquet with chat prompts")],
-    out: Annotated[Path, typer.Option(help="folder for reference.json, .png and .svg")] = Path(
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder for reference.json, .png and .svg")] = Path(
         "runs/inspect-reference"
     ),
     rows: Annotated[int, typer.Option(help="prompts to take", min=1)] = 32,
     tokens: Annotated[int, typer.Option(help="longest sampled response", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="of the rollout")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="rapo.reference.top_k")] = 64,
+    top_k: Annotated[int, typer.Option(min=1, help="rapo.reference.top_k")] = 64,
     top_p: Annotated[float, typer.Option(help="rapo.reference.top_p")] = 0.95,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
 ) -> None:

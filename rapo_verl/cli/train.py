@@ -12,7 +12,7 @@ app = commands("Train.")
 toy = commands("The toy world: docs/toy.md.")
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command()
 def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="experiment=NAME and any key=value")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show the log of every process")] = False,
@@ -35,6 +35,8 @@ def train(
     answers = answers_of_run(config)
     if answers is not None:
         print(answers.describe(), flush=True)
+    elif config.rapo.forward_kl.samples:
+        print("rapo.forward_kl.samples is not used: rapo.forward_kl.samples_coef is 0", flush=True)
     if dry_run:
         from rapo_verl.run.dry_run import show_dry_run
 

@@ -1,6 +1,7 @@
 """The command ``rapo verify``: one answer or a file of them, judged as a run would."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,8 @@ from rapo_verl.cli.base import commands
 app = commands("Judge answers.")
 
 
-@app.command("verify")
+# A right answer may begin with a minus.
+@app.command("verify", context_settings={"ignore_unknown_options": True})
 def verify(
     gold: Annotated[str | None, typer.Argument(help="the right answer")] = None,
     response: Annotated[str | None, typer.Argument(help="a model's text, with its answer in \\boxed{}")] = None,
@@ -27,6 +29,9 @@ def verify(
     """
     from rapo_verl.reward import Verdict, VerifierSettings, shared_verifier
 
+    unknown = [text for text in (gold, response) if text is not None and re.match("--[a-z]", text)]
+    if unknown:
+        raise Refused(f"no such option: {unknown[0]}; allowed: --file, --strictness, --deadline, --json, --help")
     settings = VerifierSettings(strictness=strictness, deadline_s=deadline)
     if settings.problems():
         raise Refused(settings.problems())
@@ -51,7 +56,8 @@ def _pairs(file: Path) -> list[tuple[str, str]]:
     rows = list(iter_records(file))
     bad = [i for i, row in enumerate(rows) if not all(isinstance(row.get(key), str) for key in ("gold", "response"))]
     if bad:
-        raise Refused([f"{file}, row {i}: fields gold and response must be there and be text" for i in bad[:20]])
+        wanted = "fields gold and response must be there and be text"
+        raise Refused([f"{file}, row {i}: {wanted}; got {rows[i]!s:.200}" for i in bad[:20]])
     return [(row["gold"], row["response"]) for row in rows]
 
 

@@ -156,8 +156,10 @@ def _check_target(source: str, name: str, target: Path, prompt: str) -> None:
     problems = []
     if prompt not in PROMPTS:
         problems.append(f"prompt is {prompt!r}; allowed: {', '.join(PROMPTS)}")
-    if not name or "/" in name:
-        problems.append(f"name is {name!r}; allowed: a file name")
+    if source not in HUB and not Path(source).is_file():
+        problems.append(f"{source}: no such file; allowed: a file, or one of {', '.join(HUB)}")
+    elif not name or "/" in name or name.startswith("."):
+        problems.append(f"name is {name!r}; allowed: a file name that does not begin with a dot")
     if source not in HUB and target.resolve() == Path(source).resolve():
         problems.append(f"{target} is its own source; give another --name or --out")
     if problems:

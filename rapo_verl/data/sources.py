@@ -48,6 +48,8 @@ def iter_records(path: Path) -> Iterator[Record]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise Refused(f"{path}: allowed are .json, .jsonl, .csv and .parquet")
+    if not path.is_file():
+        raise Refused(f"{path}: no such file")
     row = -1
     try:
         for row, record in enumerate(reader(path)):
@@ -58,7 +60,8 @@ def iter_records(path: Path) -> Iterator[Record]:
         raise
     # ValueError: what is no UTF-8 and no JSON; RecursionError: lists nested a thousand deep.
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
-        raise Refused(f"{path}, after row {row}: {error}") from error
+        where = f", after row {row}" if row >= 0 else ""
+        raise Refused(f"{path}{where}: {error}") from error
     if row < 0:
         raise Refused(f"{path}: holds no rows with named columns")
 

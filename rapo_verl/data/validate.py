@@ -120,7 +120,7 @@ def check_problems(
         overlapping = dropped if drop_overlap else refused
         for problem in bar(kept, "comparing with --against"):
             where = against.find(problem.question)
-            overlapping += _findings(problem, [("overlap: is also ", where)] if where else [])
+            overlapping += _findings(problem, [("overlap with --against", f": is also {where}")] if where else [])
     texts: list[Row] = []
     if not refused:
         # These take longest, and a refused file is not asked about further.

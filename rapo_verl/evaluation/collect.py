@@ -15,11 +15,16 @@ from rapo_verl.reward import Verdict
 from rapo_verl.run.reference_answers import ANSWERS_FILE, FORMAT, SCHEMA
 
 
+def need_tokens(store: Store) -> None:
+    """Refuse a folder whose samples have no tokens, before anything is judged."""
+    if not store.manifest["sampling"].get("token_ids"):
+        raise Refused(f"{store.folder}: its samples have no tokens; draw them with `rapo eval generate --token-ids`")
+
+
 def collect_answers(store: Store) -> Path:
     """Write the distinct answers to each problem of a judged folder, with their counts, and return the file."""
+    need_tokens(store)
     manifest = store.manifest
-    if not manifest["sampling"].get("token_ids"):
-        raise Refused(f"{store.folder}: its samples have no tokens; draw them with `rapo eval generate --token-ids`")
     problems = [Problem(**{**row, "messages": tuple(row["messages"])}) for row in store.problems]
     weights = Path(manifest["notes"]["weights"])
     prompts, _ = load_prompts(weights, problems, manifest["sampling"]["max_tokens"])

@@ -113,11 +113,14 @@ class Store:
             problems = json.loads((folder / PROBLEMS_FILE).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
             raise Refused(f"{folder} holds no evaluation ({error}); make one with `rapo eval generate`") from error
-        if manifest.get("format") != FORMAT:
-            raise Refused(f"{folder}: the manifest's format must be {FORMAT!r}; got {manifest.get('format')!r}")
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found != FORMAT:
+            raise Refused(f"{folder}: the manifest's format must be {FORMAT!r}; got {found!r}")
         stated = {key: value for key, value in manifest.items() if key not in ("sha256", "notes")}
         if sha_of(stated) != manifest.get("sha256"):
             raise Refused(f"{folder}: {MANIFEST_FILE} was changed; its samples were drawn as it said before")
+        if not isinstance(problems, list) or len(problems) != manifest["problems"]:
+            raise Refused(f"{folder / PROBLEMS_FILE} does not hold the {manifest['problems']} problems of the manifest")
         return cls(folder, manifest, problems)
 
     @contextmanager

@@ -244,5 +244,6 @@ def _indivisible(job: Job, shape: ModelShape) -> list[str]:
 
 def _nearest(value: int, legal: Callable[[int], bool], most: int) -> str:
     """Return the legal number of 1..most nearest to ``value`` as a hint; of two equally near ones the smaller."""
-    candidates = [n for n in range(1, most + 1) if legal(n)]
-    return f"nearest legal: {min(candidates, key=lambda n: (abs(n - value), n))}" if candidates else "none is legal"
+    outwards = (n for off in range(max(value, most)) for n in (value - off, value + off) if 1 <= n <= most)
+    found = next(filter(legal, outwards), None)
+    return "none is legal" if found is None else f"nearest legal: {found}"

@@ -1,6 +1,8 @@
 """From a command line to the resolved config of a run: veRL's config, ours on top, one experiment, overrides."""
 
 import importlib.util
+import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -12,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rapo_verl import Refused
 from rapo_verl.method.config import RapoConfig
+from rapo_verl.run.values import leaves
 
 PARENT = "rapo"
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
@@ -69,7 +72,21 @@ def compose_or_refuse(overrides: list[str]) -> DictConfig:
     try:
         return compose_config(overrides)
     except CONFIG_ERRORS as error:
-        raise Refused(str(error)) from error
+        raise Refused(_told(str(error))) from error
+
+
+def _told(said: str) -> str:
+    """Return what Hydra says of an override; of a key that is not there the nearest ones, not its advice to add it."""
+    missing = re.match(r"Could not override '([^']+)'", said)
+    if missing:
+        known = [key for key, _ in leaves(OmegaConf.to_container(compose_config([])))]
+        near = get_close_matches(missing[1], known, n=3)
+        mend = f"did you mean {' or '.join(near)}?" if near else "a key of your own code takes a + before it"
+        return f"{missing[1]} is no setting; {mend}"
+    strange = re.match(r"Lexer\w*: (.*)", said)
+    if strange:
+        return f"{strange[1]!r} is no override; allowed: key=value, +key=value, ~key, each one word of the shell"
+    return said
 
 
 def _schema() -> DictConfig:

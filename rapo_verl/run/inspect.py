@@ -2,6 +2,7 @@
 
 import shutil
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,17 @@ def non_finite_rows(fields: Mapping[str, Tensor], mask: Tensor) -> dict[str, lis
     return {name: rows.nonzero().flatten().tolist() for name, rows in bad.items() if rows.any()}
 
 
+def _batch(path: Path) -> dict[str, Any]:
+    """Return a dumped batch; Refused is any other file, on which torch raises whatever its first bytes lead to."""
+    batch = torch.load(path, weights_only=True) if zipfile.is_zipfile(path) else None
+    if not isinstance(batch, dict) or not {"response_mask", "step", "why"} <= batch.keys():
+        raise Refused(f"{path} is no batch of a run; allowed: {BAD_BATCHES_DIR}/step_N.pt of one that stopped on NaN")
+    return batch
+
+
 def describe(path: Path, decode: Any = None, rows: int = 5) -> list[str]:
     """Return lines that say what is wrong in a dumped batch: fields, tokens, and the first bad rows as text or ids."""
-    batch = torch.load(path, weights_only=True)
+    batch = _batch(path)
     mask = batch["response_mask"].bool()
     fields = {name: batch[name] for name in FIELDS if name in batch}
     lines = [f"step {batch['step']}: {batch['why']}", f"{mask.shape[0]} responses, {int(mask.sum())} tokens"]

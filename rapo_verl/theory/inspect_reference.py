@@ -92,8 +92,8 @@ def inspect_reference(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not temperature > 0:
-        raise Refused(f"temperature is {temperature}; allowed: > 0")
+    if not 0 < temperature < math.inf:
+        raise Refused(f"temperature is {temperature}; allowed: a finite number > 0")
     records = list(iter_records(prompts))
     if "prompt" not in records[0] or isinstance(records[0]["prompt"], str):
         raise Refused(f"{prompts}: no chat prompts; make veRL's layout of it with `rapo data prepare {prompts}`")
