@@ -58,7 +58,6 @@ def cuda_is_cpu_in_this_thread() -> None:
 def stand_in_for_transformer_engine() -> None:
     """Use Megatron-core's own layers, whose norms have names of their own and whose attention wants its mask."""
     from mbridge.core.llm_bridge import LLMBridge
-    from mbridge.models.qwen2 import Qwen2Bridge
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -67,17 +66,17 @@ def stand_in_for_transformer_engine() -> None:
         return get_gpt_decoder_block_spec(self.config, use_transformer_engine=False, vp_stage=vp_stage)
 
     LLMBridge._get_transformer_layer_spec = layer_spec
-    Qwen2Bridge._OTHER_MAPPING = {
+    LLMBridge._OTHER_MAPPING = {
         "input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"],
         "pre_mlp_layernorm.weight": ["model.layers.{layer_number}.post_attention_layernorm.weight"],
     }
-    mapping = Qwen2Bridge._weight_name_mapping_mcore_to_hf
+    mapping = LLMBridge._weight_name_mapping_mcore_to_hf
 
     def name_mapping(self: Any, name: str) -> list[str]:
         norm = name.endswith(("input_layernorm.weight", "pre_mlp_layernorm.weight"))
         return self._weight_name_mapping_other(name) if norm else mapping(self, name)
 
-    Qwen2Bridge._weight_name_mapping_mcore_to_hf = name_mapping
+    LLMBridge._weight_name_mapping_mcore_to_hf = name_mapping
     attention = DotProductAttention.forward
 
     def causal(self: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:

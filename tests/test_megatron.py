@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import TensorDict
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine import EngineRegistry, MegatronEngine, MegatronEngineWithLMHead
@@ -64,17 +64,27 @@ def response_of(rows):
     return [row[p - 1 : -1] for row, p in zip(rows, PROMPTS)]
 
 
+def qwen(*, tied: bool) -> PretrainedConfig:
+    return Qwen2Config(
+        vocab_size=264, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.15,
+    )  # fmt: skip
+
+
+def llama() -> PretrainedConfig:
+    """Return SmolLM2-135M's heads: 9 and 3 of KV, which no power of two divides, of 32 dimensions (vLLM's least)."""
+    return LlamaConfig(
+        vocab_size=264, hidden_size=288, intermediate_size=96, num_hidden_layers=2, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.15,
+    )  # fmt: skip
+
+
 class Truth:
     """The same batch through plain transformers, with RAPO's loss and torch's AdamW."""
 
-    def __init__(self, folder: Path, *, tied: bool):
+    def __init__(self, folder: Path, shape: PretrainedConfig):
         torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=264, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.15,
-            architectures=["Qwen2ForCausalLM"],
-        )  # fmt: skip
-        self.model = Qwen2ForCausalLM(config).float()
+        self.model = AutoModelForCausalLM.from_config(shape).float()
         with torch.no_grad():  # as after training: biases and norms are not what they start from
             for name, parameter in self.model.named_parameters():
                 if "norm" in name or "bias" in name:
@@ -206,9 +216,9 @@ def run_ranks(truth: Truth, folder: Path, *, tensor: int, pipeline: int, resume:
 
 # Processes of half a minute each on an idle machine: `make test` leaves them to CI (.ci/run).
 # Tied weights as 3B, its own head as 7B; each goes on from its checkpoint in another layout.
-LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2), "tp1": (1, 1)}
-TIED = {"tp2": True, "pp2": False, "tp2pp2": True}
-OTHER = {"tp2": "tp1", "pp2": "tp2", "tp2pp2": "pp2"}
+LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2pp2": (2, 2), "tp1": (1, 1), "tp3": (3, 1)}
+SHAPES = {"tp2": qwen(tied=True), "pp2": qwen(tied=False), "tp2pp2": qwen(tied=True), "tp3": llama()}
+OTHER = {"tp2": "tp1", "pp2": "tp2", "tp2pp2": "pp2", "tp3": "tp1"}
 CHECKPOINT = "global_step_1/actor"
 
 
@@ -216,7 +226,7 @@ class Case:
     """What all ranks of a layout wrote, and the truth."""
 
     def __init__(self, folder: Path, name: str):
-        self.name, self.folder, self.truth = name, folder, Truth(folder, tied=TIED[name])
+        self.name, self.folder, self.truth = name, folder, Truth(folder, SHAPES[name])
         self.tensor, self.pipeline = LAYOUTS[name]
         self.ranks = run_ranks(self.truth, folder, tensor=self.tensor, pipeline=self.pipeline)
         # verl takes outputs from tensor rank 0 of the last stage.
@@ -232,7 +242,7 @@ class Case:
         return ranks[tensor * (pipeline - 1)]
 
 
-@pytest.fixture(scope="module", name="case", params=[pytest.param(name, marks=pytest.mark.slow) for name in TIED])
+@pytest.fixture(scope="module", name="case", params=[pytest.param(name, marks=pytest.mark.slow) for name in SHAPES])
 def engine_and_truth(request, tmp_path_factory):
     return Case(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -344,7 +354,7 @@ def test_checkpoint_resumes_in_another_layout(case):
 
 def test_checkpoint_reloads_as_a_hugging_face_model(case):
     folder = resolve_model(str(case.folder / CHECKPOINT).removesuffix("/actor"))
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     weights = dict(model.named_parameters())
     for name, weight in case.out["sampled"]["weights"].items():
         assert torch.equal(weights[name], weight), name
@@ -376,7 +386,7 @@ def test_checkpoint_in_vllm_has_the_same_log_probs(case):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOGPROBS")]
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         expected = case.truth.outputs([1.0] * 4, model)[0]
     for got, want in zip(json.loads(line.removeprefix("LOGPROBS")), expected):
