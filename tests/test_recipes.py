@@ -107,6 +107,7 @@ def test_methods_of_a_size_differ_in_the_method_only(stem):
         rapo = rapo_config_from(tree.pop("rapo"))
         on = (rapo.enabled, rapo.forward_kl.samples_coef > 0)
         kinds[method] = (on, group["actor"].pop("kl_loss_type"), group["actor"].pop("kl_loss_coef") > 0)
+        assert group["actor"].pop("use_kl_loss") is (method != "rapo_answers")  # which has no term with a reference
         del group["rapo"], tree["trainer"]["v1"]["trainer_mode"]
     assert all(tree == trees["rapo"] for tree in trees.values())
     assert kinds["grpo"] == ((False, False), "low_var_kl", True)

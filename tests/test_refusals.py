@@ -266,3 +266,10 @@ def test_a_tensor_that_the_processors_weight_sync_cannot_send_is_told(toy_dir, t
     assert "update_weights_bucket_megabytes is 64" in problem and "allowed: 108 or more" in problem
     config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes = 108
     assert refused_combinations(config, rapo, {"vocab_size": 49152, "hidden_size": 576}) == []
+
+
+def test_a_kl_that_verl_would_not_read_is_told(problems):
+    off = ["rapo.forward_kl.coef=0", "rapo.reference.phi_min=1", f"{ACTOR}.use_kl_loss=false"]
+    assert problems(*off) == []
+    (problem,) = problems(*off, f"{ACTOR}.kl_loss_coef=0.1")
+    assert "kl_loss_coef is 0.1" in problem and "use_kl_loss=true" in problem

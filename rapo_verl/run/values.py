@@ -171,7 +171,7 @@ def wrong_names(config: DictConfig) -> dict[str, str]:
 
 
 def ignored_keys(config: DictConfig) -> list[str]:
-    """Return the settings of older versions of veRL that compose and are never read, each with its new key."""
+    """Return the settings that compose and are never read, each with what would be."""
     found = []
     for old in ("custom_reward_function", "reward_model", "sandbox_fusion"):
         for key, value in leaves(OmegaConf.to_container(config.get(old) or {}), f"{old}."):
@@ -179,6 +179,12 @@ def ignored_keys(config: DictConfig) -> list[str]:
                 continue
             stem = max((name for name in RENAMED if f"{key}.".startswith(f"{name}.")), key=len)
             found.append(f"{key} is set, but veRL 0.9.1 does not read it; set {RENAMED[stem]}{key[len(stem) :]}")
+    actor = config.actor_rollout_ref.actor
+    if actor.kl_loss_coef and not actor.use_kl_loss:
+        found.append(
+            f"actor_rollout_ref.actor.kl_loss_coef is {actor.kl_loss_coef}, but veRL reads it only with "
+            "use_kl_loss=true beside it; set that, or kl_loss_coef=0"
+        )
     if not config.trainer.use_v1:
         found.append("trainer.use_v1 is false, but there is RAPO only in veRL's v1 trainers; leave it true")
     return found
