@@ -148,6 +148,12 @@ def test_process_ends_with_its_killed_parent(ignored):
     assert not orphan.is_running()
 
 
+def pids_printed_by(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return [int(pid) for pid in done.stdout.split()]
+
+
 def test_daemon_that_left_its_parent_is_found_and_ended():
     code = (
         "import subprocess, sys, time\n"
@@ -160,9 +166,7 @@ def test_daemon_that_left_its_parent_is_found_and_ended():
         "end_descendants(0.5)\n"
         "assert not descendants()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    pids = [int(pid) for pid in done.stdout.split()]
+    pids = pids_printed_by(code)
     assert len(pids) >= 2 and not any(psutil.pid_exists(pid) for pid in pids)
 
 
@@ -180,9 +184,8 @@ def test_what_a_command_left_behind_at_once_is_ended_and_another_s_child_is_not(
         "assert [process.pid for process in processes.descendants()] == [other.pid]\n"
         "other.kill()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert not psutil.pid_exists(int(done.stdout))
+    (pid,) = pids_printed_by(code)
+    assert not psutil.pid_exists(pid)
 
 
 # --- preflight ---

@@ -1,7 +1,8 @@
 """What every command shares: one refusal, and the config of a run from its overrides."""
 
-import errno
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -10,8 +11,6 @@ from typer.core import TyperGroup
 from rapo_verl import Failed, Refused
 from rapo_verl.run.names import FAILED, REFUSED
 
-# What the system says of a path that a user gave and that cannot be used as it was.
-_UNUSABLE = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EROFS}
 # Of `rapo --help`, in this order; a group's commands have none.
 PANELS = ("Train", "Evaluate", "Data", "Look")
 
@@ -37,11 +36,6 @@ class Commands(TyperGroup):
         except Failed as error:
             print(f"rapo: {error}", file=sys.stderr)
             raise typer.Exit(FAILED) from error
-        except OSError as error:
-            if error.errno not in _UNUSABLE or error.filename is None:
-                raise
-            print(f"rapo: {error.filename2 or error.filename}: {error.strerror}; give another path", file=sys.stderr)
-            raise typer.Exit(REFUSED) from error
 
 
 def commands(help: str) -> typer.Typer:
@@ -49,6 +43,24 @@ def commands(help: str) -> typer.Typer:
     return typer.Typer(
         cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=help
     )
+
+
+def out_folder(help: str) -> Any:
+    """Return an option for a folder that a command writes: it is there, or can be made."""
+    return typer.Option(file_okay=False, callback=_can_be_made, help=help)
+
+
+def out_file(help: str) -> Any:
+    """Return an option for a file that a command writes: it is there, or can be made."""
+    return typer.Option(dir_okay=False, callback=_can_be_made, help=help)
+
+
+def _can_be_made(path: Path | None) -> Path | None:
+    if path is not None and not os.path.exists(path):
+        above = next(above for above in path.absolute().parents if os.path.exists(above))
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise Refused(f"{path} cannot be made: {above} is {'not writable' if above.is_dir() else 'no folder'}")
+    return path
 
 
 def composed(overrides: list[str]) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rapo_verl import Refused
-from rapo_verl.cli.base import commands
+from rapo_verl.cli.base import commands, out_folder
 
 app = commands("Problem sets as veRL parquet: docs/data-and-verifier.md.")
 
@@ -14,7 +14,7 @@ app = commands("Problem sets as veRL parquet: docs/data-and-verifier.md.")
 @app.command("prepare")
 def data_prepare(
     sources: Annotated[list[str], typer.Argument(help="simplerl-8k, aime24, aime25, math500 (from the hub) or files")],
-    out: Annotated[Path, typer.Option(file_okay=False, help="folder")] = Path("data"),
+    out: Annotated[Path, out_folder("folder")] = Path("data"),
     name: Annotated[str | None, typer.Option(help="of the set, for one source; aime...: AIME's rules")] = None,
     against: Annotated[list[Path] | None, typer.Option(help="file that may share no question; repeatable")] = None,
     drop_overlap: Annotated[bool, typer.Option("--drop-overlap", help="leave overlap out, do not refuse")] = False,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rapo_verl import Refused
-from rapo_verl.cli.base import commands
+from rapo_verl.cli.base import commands, out_folder
 
 app = commands("pass@k of any model on any problem set: docs/evaluating.md.")
 top = commands("What stands beside `rapo train`.")
@@ -27,7 +27,7 @@ DEADLINE_S = 5.0
 def eval_generate(
     model: Annotated[str, typer.Option(help="run's folder, checkpoint (Hugging Face, veRL's global_step_N) or hub id")],
     data: Annotated[list[Path], typer.Option(help="parquet of `rapo data prepare`; more files may follow")],
-    out: Annotated[Path, typer.Option(file_okay=False, help="folder of the samples")],
+    out: Annotated[Path, out_folder("folder of the samples")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="[DATA]...", help="more files")] = None,
     preset: Annotated[str, typer.Option(help=f"one of {', '.join(PRESETS)}")] = "rapo-paper",
     n: Annotated[int | None, typer.Option(min=1, help="samples a problem")] = None,
@@ -160,7 +160,7 @@ def reference_answers(
 @app.command("report")
 def eval_report(
     folders: Folders,
-    out: Annotated[Path, typer.Option(file_okay=False, help="folder of the report")],
+    out: Annotated[Path, out_folder("folder of the report")],
     hard_from: Annotated[Path | None, typer.Option(help="another draw of the base, which chooses Hard")] = None,
     force_same_draw: Annotated[
         bool, typer.Option("--force-same-draw", help="let a scored draw choose Hard; the report says so")

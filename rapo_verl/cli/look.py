@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rapo_verl import Refused
-from rapo_verl.cli.base import commands, composed
+from rapo_verl.cli.base import commands, composed, out_file, out_folder
 
 app = commands("Look.")
 
@@ -63,7 +63,7 @@ def checkpoints(
     run: Annotated[Path, typer.Argument(help="run folder")],
     verify: Annotated[bool, typer.Option("--verify", help="read every byte")] = False,
     export: Annotated[int | None, typer.Option(help="step to write as a Hugging Face model")] = None,
-    to: Annotated[Path | None, typer.Option(help="folder for --export")] = None,
+    to: Annotated[Path | None, out_folder("for --export")] = None,
 ) -> None:
     """List a run's checkpoints; exit code 1 if one is damaged or incomplete.
 
@@ -81,7 +81,7 @@ def checkpoints(
 @app.command()
 def watch(
     run: Annotated[Path, typer.Argument(help="run folder")],
-    once: Annotated[Path | None, typer.Option(dir_okay=False, help="write the page to this HTML file and end")] = None,
+    once: Annotated[Path | None, out_file("write the page to this HTML file and end")] = None,
     text: Annotated[bool, typer.Option("--text", help="print it here and end; exit code 1 if an alarm holds")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="of the page; 0: any that is free")] = 8765,
     refresh: Annotated[int, typer.Option(min=1, help="seconds after which the page reads the folder again")] = 15,
@@ -124,9 +124,7 @@ def inspect_batch(
 
 @app.command()
 def figures(
-    out: Annotated[Path, typer.Option(file_okay=False, help="folder for the figures, PNG and SVG")] = Path(
-        "docs/images"
-    ),
+    out: Annotated[Path, out_folder("folder for the figures, PNG and SVG")] = Path("docs/images"),
 ) -> None:
     """Draw the theory: optimal policies (the paper's Figures 1 and 2), bias and variance of the KL estimators.
 
@@ -144,9 +142,7 @@ def explain_kl(
     overrides: Annotated[list[str] | None, typer.Argument(help="any key=value, as for `rapo train`")] = None,
     setting: Annotated[str | None, typer.Option(help="of another framework: trl-grpo, nemo-rl, openrlhf, ...")] = None,
     updates: Annotated[int | None, typer.Option(min=0, help="updates since sampling; default: the config's")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="PNG: where it takes policies that lost a mode")
-    ] = None,
+    plot: Annotated[Path | None, out_file("PNG: where it takes policies that lost a mode")] = None,
     every: Annotated[bool, typer.Option("--all", help="write the page of all estimators and settings")] = False,
     page: Annotated[Path, typer.Option(help="that page")] = Path("docs/estimators.md"),
 ) -> None:
@@ -187,9 +183,7 @@ def explain_kl(
 def inspect_reference(
     model: Annotated[str, typer.Argument(help="checkpoint folder or hub id")],
     prompts: Annotated[Path, typer.Option(help="veRL parquet with chat prompts")],
-    out: Annotated[Path, typer.Option(file_okay=False, help="folder for reference.json, .png and .svg")] = Path(
-        "runs/inspect-reference"
-    ),
+    out: Annotated[Path, out_folder("folder for reference.json, .png and .svg")] = Path("runs/inspect-reference"),
     rows: Annotated[int, typer.Option(help="prompts to take", min=1)] = 32,
     tokens: Annotated[int, typer.Option(help="longest sampled response", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="of the rollout")] = 1.0,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rapo_verl import Refused
-from rapo_verl.cli.base import commands, composed
+from rapo_verl.cli.base import commands, composed, out_folder
 
 app = commands("Train.")
 toy = commands("The toy world: docs/toy.md.")
@@ -47,7 +47,7 @@ def train(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="folder of the demo")] = Path("runs/demo"),
+    out: Annotated[Path, out_folder("folder of the demo")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="of the toy's world and base model")] = 0,
     n: Annotated[int, typer.Option(help="responses per problem")] = 512,
     problems: Annotated[int, typer.Option(help="held-out problems, a multiple of 12")] = 96,
@@ -65,7 +65,7 @@ def demo(
 
 @app.command()
 def smoke(
-    out: Annotated[Path, typer.Option(help="a folder of its own is made in it")] = Path("runs/smoke"),
+    out: Annotated[Path, out_folder("a folder of its own is made in it")] = Path("runs/smoke"),
     overrides: Annotated[list[str] | None, typer.Argument(help="after --: key=value for the training")] = None,
 ) -> None:
     """Try this machine: three steps with random weights, a save, a resume, sixteen samples; downloads nothing.
@@ -81,7 +81,7 @@ def smoke(
 
 @toy.command("make")
 def toy_make(
-    out: Annotated[Path, typer.Option(help="folder; `toy_dir` of the experiments")] = Path("runs/toy/base0"),
+    out: Annotated[Path, out_folder("folder; `toy_dir` of the experiments")] = Path("runs/toy/base0"),
     seed: Annotated[int, typer.Option(help="of the world and of the base model")] = 0,
 ) -> None:
     """Make the toy's problems (veRL parquet) and pre-train its base model.
@@ -96,7 +96,7 @@ def toy_make(
 
 @toy.command("real-lm")
 def toy_real_lm(
-    out: Annotated[Path, typer.Option(help="folder; `real_dir` of the experiments")] = Path("runs/real-lm"),
+    out: Annotated[Path, out_folder("folder; `real_dir` of the experiments")] = Path("runs/real-lm"),
     model: Annotated[str | None, typer.Option(help="checkpoint folder or hub id; default: the package's")] = None,
     seed: Annotated[int, typer.Option(help="of the problems")] = 0,
 ) -> None:
