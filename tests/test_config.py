@@ -317,3 +317,10 @@ def test_separate_sampling_is_refused_without_gpus_of_its_own():
     # Four mini-batches of 256 a step are veRL's default, 4.
     own = ["nnodes=1", "n_gpus_per_node=8", "checkpoint_engine.backend=nccl"]
     assert problems_of_mode(compose_config([*recipe, *(f"actor_rollout_ref.rollout.{key}" for key in own)])) == []
+
+
+def test_folders_of_a_run_are_absolute():
+    for key, name in (("toy_dir", "toy_rapo_cpu"), ("real_dir", "smollm2_135m_rapo_cpu")):
+        config = compose_config([f"experiment={name}", "run_dir=run", f"{key}=folder"])
+        assert (config.run_dir, config[key]) == (str(Path.cwd() / "run"), str(Path.cwd() / "folder"))
+        assert config.data.train_files.startswith(str(Path.cwd() / "folder"))

@@ -55,7 +55,7 @@ def compose_config(overrides: list[str]) -> DictConfig:
         if OmegaConf.is_missing(config, "run_dir"):
             config.run_dir = f"runs/{choice or 'rapo'}"
         config.recipe_dir = str(recipe_dir())
-        for key in ("run_dir", "toy_dir", "data_dir", "trainer.resume_from_path"):
+        for key in ("run_dir", "toy_dir", "real_dir", "data_dir", "trainer.resume_from_path"):
             if value := OmegaConf.select(config, key):
                 OmegaConf.update(config, key, str(Path(value).absolute()))
         if config.trainer.experiment_name == "gsm8k":  # veRL's default
