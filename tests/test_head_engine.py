@@ -471,7 +471,7 @@ def test_what_only_verl_s_head_does_is_refused_or_left_to_it(toy_dir, setting):
 @pytest.mark.parametrize(
     ("experiment", "head_of", "fast"),
     [("toy_rapo_cpu", "auto", True), ("toy_rapo_cpu", "verl", False), ("toy_grpo_cpu", "auto", False),
-     ("toy_grpo_cpu", "fast", True)],
+     ("toy_grpo_cpu", "fast", True), ("toy_rapo_answers_cpu", "auto", True)],
 )  # fmt: skip
 def test_head_is_ours_by_default_while_rapo_is_on_and_verl_s_while_it_is_off(experiment, head_of, fast):
     config = compose_config([f"experiment={experiment}", f"rapo.head={head_of}"])

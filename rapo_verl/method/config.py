@@ -83,6 +83,11 @@ class RapoConfig:
         return self.forward_kl.coef > 0
 
     @property
+    def on(self) -> bool:
+        """Whether the loss has a term of ours: the forward KL, or the one on reference answers."""
+        return self.enabled or self.forward_kl.samples_coef > 0
+
+    @property
     def reweights(self) -> bool:
         """Whether any reward gives phi < 1."""
         return self.reference.phi_min < 1

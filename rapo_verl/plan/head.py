@@ -9,7 +9,7 @@ ENGINES = ("fsdp", "fsdp2", "megatron")
 
 def fast_head(nodes: DictConfig, rapo: RapoConfig) -> bool:
     """Whether our head makes the log-probs of every pass of a run (``actor_rollout_ref``, ``rapo.head``)."""
-    return rapo.head == "fast" or (rapo.head == "auto" and rapo.enabled and not only_verls(nodes))
+    return rapo.head == "fast" or (rapo.head == "auto" and rapo.on and not only_verls(nodes))
 
 
 def only_verls(nodes: DictConfig) -> list[str]:

@@ -58,7 +58,7 @@ class RapoWorker(DetachActorWorker):
         if fused and self.ref is not None:
             self.ref.engine.use_linear_head()
         coef = self.rapo.forward_kl.samples_coef
-        if not self._is_actor or not (self.rapo.enabled or coef):
+        if not (self._is_actor and self.rapo.on):
             return
         if self.rapo.enabled:
             # use_kl_loss made veRL build the reference; its reverse-KL term is left out of the loss.
