@@ -2,6 +2,7 @@
 
     python benchmarks/toy_methods.py --out runs/methods --jobs 2      # goes on where it stopped
     python benchmarks/toy_methods.py --out runs/methods --table       # the table alone, from what is there
+    python benchmarks/toy_methods.py --out runs/ladder_verl --ladder --jobs 2       # four rungs of docs/ladder.md
 
 A pair is (world and base model, seed of RL). Settings were chosen on pair (0, 0); the others are the test.
 """
@@ -18,8 +19,10 @@ from tqdm import tqdm
 
 from rapo_verl.run.files import write_atomic
 from rapo_verl.run.folder import read_metrics
+from rapo_verl.toy.demo import sample_answers
 
 PAIRS = ((0, 1), (1, 1), (0, 2))
+LADDER_PAIRS = tuple((base, 1) for base in range(2, 8))
 KL = "actor_rollout_ref.actor.kl_loss_coef={} actor_rollout_ref.actor.kl_loss_type={}"
 # name: (experiment, overrides). Beside veRL's usual low_var_kl, each method with what benchmarks/toy_calibration.py
 # chose from four tries.
@@ -37,6 +40,9 @@ METHODS = {
     "GRPO, pass@k advantage": ("toy_grpo_cpu", "algorithm.adv_estimator=grpo_passk"),
 }
 ONE_PAIR = ("GRPO, pass@k advantage",)
+# The recipe's coefficient, with m = 32 answers of the base to each training problem; on the ladder's pairs alone.
+ANSWERS = {"RAPO, reference answers m = 32": ("toy_rapo_answers_cpu", "")}
+LADDER = ("GRPO, low_var_kl 1e-2", "GRPO, low_var_kl 3e-1", "RAPO", *ANSWERS)
 KS = (1, 16, 256, 1024, 4096)
 HARD_DRAWS = 1024
 
@@ -52,9 +58,11 @@ def run_one(out: Path, method: str, pair: tuple[int, int], steps: int) -> None:
     run_dir = folder(out, method, pair)
     if (run_dir / "exact.json").exists():
         return
-    experiment, overrides = METHODS[method]
+    experiment, overrides = (METHODS | ANSWERS)[method]
     base, seed = pair
     toy_dir = Path(f"runs/toy/base{base}")
+    if method in ANSWERS:
+        sample_answers(toy_dir, 32)
     run_dir.mkdir(parents=True, exist_ok=True)
     seeds = [
         f"data.seed={seed}",
@@ -95,20 +103,20 @@ def row(p: np.ndarray, base: np.ndarray) -> list[float]:
     return [float(solved(p, k).mean()) for k in KS] + [float(np.average(solved(p, 1024), weights=weight))]
 
 
-def table(out: Path) -> str:
+def table(out: Path, methods: tuple[str, ...], pairs: tuple[tuple[int, int], ...]) -> str:
     """Return the markdown table from what has been run."""
-    lines = ["| method | " + " | ".join(f"p@{k}" for k in KS) + " | Hard@1024 | entropy | p@1024 / Hard by pair |"]
+    lines = ["| method | " + " | ".join(f"p@{k}" for k in KS) + " | Hard@1024 | entropy | p@1/p@1024/Hard by pair |"]
     lines.append("|---" * (len(KS) + 4) + "|")
-    for method in ("base", *METHODS):
+    for method in ("base", *methods):
         rows, by_pair, entropy = [], [], []
-        for pair in PAIRS:
+        for pair in pairs:
             base = np.array(json.loads((out / f"base{pair[0]}.json").read_text()))
             path = folder(out, method, pair) / "exact.json"
             if method != "base" and not path.exists():
                 by_pair.append("-")
                 continue
             rows.append(row(base if method == "base" else np.array(json.loads(path.read_text())), base))
-            by_pair.append(f"{rows[-1][3]:.2f}/{rows[-1][5]:.2f}")
+            by_pair.append(f"{rows[-1][0]:.2f}/{rows[-1][3]:.2f}/{rows[-1][5]:.2f}")
             if method != "base":
                 last = read_metrics(path.parent)[-10:]
                 entropy.append(np.mean([step["actor/entropy"] for step in last]))
@@ -126,24 +134,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--ladder", action="store_true", help="four methods on six pairs of benchmarks/ladder.py")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     out = args.out.absolute()
+    methods, pairs = (LADDER, LADDER_PAIRS) if args.ladder else (tuple(METHODS), PAIRS)
     if not args.table:
         out.mkdir(parents=True, exist_ok=True)
-        for base in sorted({base for base, _ in PAIRS}):
+        for base in sorted({base for base, _ in pairs}):
             toy_dir = Path(f"runs/toy/base{base}")
             subprocess.run(
                 [sys.executable, "-m", "rapo_verl.cli", "toy", "make", "--out", str(toy_dir), "--seed", str(base)],
                 check=True,
             )
             enumerate_one(toy_dir / "model", toy_dir, out / f"base{base}.json")
-        todo = [(m, pair) for pair in PAIRS for m in METHODS if m not in ONE_PAIR or pair == PAIRS[0]]
+        todo = [(m, pair) for pair in pairs for m in methods if m not in ONE_PAIR or pair == PAIRS[0]]
         with ThreadPoolExecutor(args.jobs) as pool:
             runs = [pool.submit(run_one, out, method, pair, args.steps) for method, pair in todo]
             for run in tqdm(runs, desc="runs"):
                 run.result()
-    text = table(out)
+    text = table(out, methods, pairs)
     write_atomic(out / "table.md", text + "\n")
     print(text)
 
