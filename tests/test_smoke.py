@@ -60,7 +60,7 @@ def test_smoke_passes_every_check_of_a_run(tiny, tmp_path, device):
     config = compose_config(
         [f"experiment={experiment}", f"run_dir={tmp_path}", *smoke.smoke_overrides(tmp_path, device)]
     )
-    assert problems_of(config) == []
+    assert problems_of(config) == [] and not config.trainer.val_before_train
     assert config.trainer.device == device and config.actor_rollout_ref.model.override_config.attn_implementation
     assert not config.actor_rollout_ref.model.use_remove_padding  # this machine has no flash-attn
     assert not config.ray_kwargs.ray_init.include_dashboard and config.actor_rollout_ref.rollout.enforce_eager
@@ -97,6 +97,13 @@ def test_smoke_fails_on_a_step_without_gradient_and_on_a_missing_one(tmp_path, n
     (tmp_path / "metrics" / "0000.jsonl").write_text("\n".join(lines))
     with pytest.raises(Failed, match=says):
         smoke._check_steps(tmp_path, 3)
+
+
+def test_smoke_counts_no_validation_before_the_first_step(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    lines = [{"step": 0, "data": {"val-core/eval/acc": 0.5}}, {"step": 1, "data": {"actor/grad_norm": 1.0}}]
+    (tmp_path / "metrics" / "0000.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    smoke._check_steps(tmp_path, 1)
 
 
 @pytest.mark.slow
