@@ -28,12 +28,13 @@ def models(toy_dir, tmp_path):
 def test_models_are_sampled_judged_and_enumerated_and_hard_is_of_another_draw(toy_dir, models, tmp_path, monkeypatch):
     commands = []
 
-    def rapo(folder, *arguments):
+    def rapo(folder, *arguments, shown=True):
         commands.append(arguments[1])
         done = CliRunner().invoke(app, [*map(str, arguments)])
         assert done.exit_code == 0, done.output
 
     monkeypatch.setattr(demo, "_rapo", rapo)
+    monkeypatch.setattr(demo, "PARTS", 1)  # the runner takes the process's output
     monkeypatch.setattr("rapo_verl.evaluation.session.generate_draw", lambda draw, _: run(draw, StubEngine())[1])
     demo.evaluate(models, toy_dir, tmp_path / "eval", n=8, limit=12)
     assert commands == ["generate"] * 4 + ["score"]
