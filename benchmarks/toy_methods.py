@@ -131,13 +131,13 @@ def table(out: Path, methods: tuple[str, ...], pairs: tuple[tuple[int, int], ...
 def main() -> None:
     """Run what is missing, then print the table and write it beside the runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--out", type=Path, help="default: runs/methods, runs/ladder_verl")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--ladder", action="store_true", help="four methods on six pairs of benchmarks/ladder.py")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    out = args.out.absolute()
+    out = (args.out or Path("runs/ladder_verl" if args.ladder else "runs/methods")).absolute()
     methods, pairs = (LADDER, LADDER_PAIRS) if args.ladder else (tuple(METHODS), PAIRS)
     if not args.table:
         out.mkdir(parents=True, exist_ok=True)

@@ -28,13 +28,12 @@ def models(toy_dir, tmp_path):
 def test_models_are_sampled_judged_and_enumerated_and_hard_is_of_another_draw(toy_dir, models, tmp_path, monkeypatch):
     commands = []
 
-    def rapo(folder, *arguments, shown=True):
+    def rapo(folder, *arguments, parts=1):
         commands.append(arguments[1])
         done = CliRunner().invoke(app, [*map(str, arguments)])
         assert done.exit_code == 0, done.output
 
     monkeypatch.setattr(demo, "_rapo", rapo)
-    monkeypatch.setattr(demo, "PARTS", 1)  # the runner takes the process's output
     monkeypatch.setattr("rapo_verl.evaluation.session.generate_draw", lambda draw, _: run(draw, StubEngine())[1])
     demo.evaluate(models, toy_dir, tmp_path / "eval", n=8, limit=12)
     assert commands == ["generate"] * 4 + ["score"]
@@ -49,3 +48,26 @@ def test_models_are_sampled_judged_and_enumerated_and_hard_is_of_another_draw(to
 def test_a_command_that_fails_is_named_with_its_log(tmp_path):
     with pytest.raises(Failed, match=r"`rapo eval score` ended with exit code 2; see .*evaluate.log"):
         demo._rapo(tmp_path, "eval", "score", tmp_path)
+
+
+def test_parts_run_side_by_side_and_end_together_on_an_interrupt(tmp_path, monkeypatch):
+    started, killed = [], []
+
+    class Part:
+        def __init__(self, command, **_):
+            started.append(command[-2:])
+            self.number = len(started)
+
+        def wait(self):
+            assert len(started) == 2
+            if self.number == 2:
+                raise KeyboardInterrupt
+            return 0
+
+        def kill(self):
+            killed.append(self.number)
+
+    monkeypatch.setattr(demo.subprocess, "Popen", Part)
+    with pytest.raises(KeyboardInterrupt):
+        demo._rapo(tmp_path, "eval", "generate", parts=2)
+    assert started == [["--part", "0/2"], ["--part", "1/2"]] and killed == [1, 2]

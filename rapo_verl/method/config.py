@@ -73,7 +73,7 @@ class RapoConfig:
     forward_kl: ForwardKLConfig = field(default_factory=ForwardKLConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     # What makes log-probs and entropy of logits in the update, the old log-prob and the reference pass. `fast` is
-    # head.py, with plain GRPO too; `verl` is veRL's wherever it can serve; `auto` is fast while RAPO is on, unless
+    # head.py, with plain GRPO too; `verl` is veRL's wherever it can serve; `auto` is fast while RAPO is `on`, unless
     # something is set that only veRL's has.
     head: str = one_of("auto", HEADS)
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -69,7 +68,7 @@ def evaluate(models: dict[str, Path], toy_dir: Path, out: Path, *, n: int, limit
     out.mkdir(parents=True, exist_ok=True)
     options = ["--data", toy_dir / EVAL_FILE, "--n", n, "--limit", limit, "--max-tokens", MAX_TOKENS, "--no-logprobs"]
     for folder, model, draw in [(HARD_FOLDER, models[BASE], 2), *((key, model, 1) for key, model in models.items())]:
-        _generate(out, "--model", model, "--out", out / folder, "--draw", draw, *options)
+        _rapo(out, "eval", "generate", "--model", model, "--out", out / folder, "--draw", draw, *options, parts=PARTS)
     folders = [out / folder for folder in (HARD_FOLDER, *models)]
     _rapo(out, "eval", "score", *folders, "--strictness", "integer", "--jobs", 1)
     transformers.utils.logging.disable_progress_bar()  # of loading 27 tensors
@@ -89,28 +88,27 @@ def sample_answers(toy_dir: Path, m: int) -> None:
         return
     options = ["--n", m, "--max-tokens", MAX_TOKENS, "--token-ids"]
     model, data = toy_dir / MODEL_DIR, toy_dir / TRAIN_FILE
-    _generate(toy_dir, "--model", model, "--data", data, "--out", out, *options)
+    _rapo(toy_dir, "eval", "generate", "--model", model, "--data", data, "--out", out, *options, parts=PARTS)
     _rapo(toy_dir, "reference-answers", out, "--strictness", "integer")
 
 
-def _generate(folder: Path, *arguments: object) -> None:
-    """Sample in PARTS processes, whose first shows its progress."""
-
-    def part(number: int) -> None:
-        _rapo(folder, "eval", "generate", *arguments, "--part", f"{number}/{PARTS}", shown=number == 0)
-
-    with ThreadPoolExecutor(PARTS) as pool:
-        list(pool.map(part, range(PARTS)))
-
-
-def _rapo(folder: Path, *arguments: object, shown: bool = True) -> None:
+def _rapo(folder: Path, *arguments: object, parts: int = 1) -> None:
+    """Run a command as a user does, or so many parts of it side by side, of which the first shows its progress."""
     command = [sys.executable, "-m", "rapo_verl.cli", *map(str, arguments)]
-    log = folder / "evaluate.log"
-    with log.open("ab") as file:
-        bar = None if shown else file  # the progress bar is on stderr
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-        code = subprocess.run(command, stdout=file, stderr=bar, env=environment).returncode
-    if code != 0:
+    log, processes = folder / "evaluate.log", []
+    try:
+        with log.open("ab") as file:
+            for number in range(parts):
+                part = ["--part", f"{number}/{parts}"] if parts > 1 else []
+                bar = file if number else None  # on stderr
+                environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+                processes.append(subprocess.Popen([*command, *part], stdout=file, stderr=bar, env=environment))
+        codes = [process.wait() for process in processes]
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    if code := next(filter(None, codes), 0):
         raise Failed(f"`rapo {arguments[0]} {arguments[1]}` ended with exit code {code}; see {log}")
 
 

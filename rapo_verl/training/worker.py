@@ -33,7 +33,7 @@ class RapoWorker(DetachActorWorker):
 
     Of veRL's worker for separate sampling, which adds keeping older weights aside, and changes nothing else.
 
-    The settings arrive as ``actor_rollout_ref.rapo``. Switched off (alpha = 0) nothing of veRL's is touched.
+    The settings arrive as ``actor_rollout_ref.rapo``. Switched off (`RapoConfig.on`) nothing of veRL's is touched.
     """
 
     def __init__(self, config: DictConfig, role: str, **kwargs: Any):
