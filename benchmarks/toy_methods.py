@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from ladder import interval, markdown
 from tqdm import tqdm
 
 from rapo_verl.run.files import write_atomic
@@ -128,6 +129,35 @@ def table(out: Path, methods: tuple[str, ...], pairs: tuple[tuple[int, int], ...
     return "\n".join(lines)
 
 
+def against(out: Path) -> str:
+    """Return the ladder's paired differences and, by pair, what of its target is missed; of pairs that are whole."""
+    whole = [pair for pair in LADDER_PAIRS if all((folder(out, m, pair) / "exact.json").exists() for m in LADDER)]
+    base = {pair: np.array(json.loads((out / f"base{pair[0]}.json").read_text())) for pair in whole}
+    found = {"base": np.array([row(base[pair], base[pair]) for pair in whole])}
+    for method in LADDER:
+        p = {pair: np.array(json.loads((folder(out, method, pair) / "exact.json").read_text())) for pair in whole}
+        found[method] = np.array([row(p[pair], base[pair]) for pair in whole])
+    measures = {"p@1": 0, "p@1024": KS.index(1024), "Hard@1024": len(KS)}
+    rows, verdicts = [], []
+    for method in LADDER[2:]:
+        for other in found:
+            if other not in LADDER[LADDER.index(method) :]:
+                difference = found[method] - found[other]
+                rows.append([f"{method} − {other}", *(interval(difference[:, i]) for i in measures.values())])
+        best = np.max([found[grpo] for grpo in LADDER[:2]], axis=0)
+        ours, i, hard = found[method], measures["p@1024"], measures["Hard@1024"]
+        met = {
+            "p@1": ours[:, 0] >= 0.95 * best[:, 0],
+            "p@1024": (ours[:, i] > found["base"][:, i]) & (ours[:, i] > best[:, i]),
+            "Hard": ours[:, hard] >= 2 * best[:, hard],
+        }
+        missed = [", ".join(name for name, ok in met.items() if not ok[n]) for n in range(len(whole))]
+        verdicts.append([method, *(f"not {which}" if which else "all" for which in missed)])
+    return "\n\n".join(
+        [markdown(["difference", *measures], rows), markdown(["target", *(f"base {b}" for b, _ in whole)], verdicts)]
+    )
+
+
 def main() -> None:
     """Run what is missing, then print the table and write it beside the runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,7 +183,7 @@ def main() -> None:
             runs = [pool.submit(run_one, out, method, pair, args.steps) for method, pair in todo]
             for run in tqdm(runs, desc="runs"):
                 run.result()
-    text = table(out, methods, pairs)
+    text = table(out, methods, pairs) + ("\n\n" + against(out) if args.ladder else "")
     write_atomic(out / "table.md", text + "\n")
     print(text)
 
